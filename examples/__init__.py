@@ -1,0 +1,1 @@
+"""Hold whole stories on a real model."""

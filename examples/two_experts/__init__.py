@@ -1,0 +1,1 @@
+"""Tell the story of one small model, two experts and three merges."""

@@ -1,0 +1,46 @@
+"""Reductions that neither block size nor threads can move: float64 sums over fixed cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from mergekit_ft.contract import CELL
+
+
+def cells(n: int) -> Iterator[slice]:
+    """Yield the runs of at most CELL elements that n elements fall into."""
+    for start in range(0, n, CELL):
+        yield slice(start, min(start + CELL, n))
+
+
+def by_cell(n: int, reduce: Callable[[slice], list[Tensor]]) -> Tensor:
+    """Return (cells, s) float64: the s numbers that `reduce` makes of each cell."""
+    return torch.stack([torch.stack(reduce(cell)) for cell in cells(n)])
+
+
+def l1(values: Tensor) -> Tensor:
+    """Return the sum of |values| in float64."""
+    return values.abs().sum(dtype=torch.float64)
+
+
+def totals(rows: Tensor) -> list[float]:
+    """Return the exactly rounded sum of each column of (cells, s)."""
+    return [math.fsum(column) for column in rows.T.tolist()]
+
+
+def l1_norms(n: int, vectors: Iterable[Tensor]) -> Tensor:
+    """Return (cells, s): the L1 norms of the s vectors of n elements, one after the other."""
+
+    def norms(vector: Tensor) -> Tensor:
+        return by_cell(n, lambda cell: [l1(vector[cell])])
+
+    return torch.cat([norms(vector) for vector in vectors], dim=1)
+
+
+def restoring_factor(whole: float, part: float) -> float:
+    """Return what gives a part of a delta the L1 norm of the whole; 1 if either vanishes."""
+    return whole / part if min(whole, part) >= 1e-7 else 1.0

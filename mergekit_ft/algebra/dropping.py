@@ -1,0 +1,83 @@
+"""Drop and rescale (DARE, Yu et al. 2023, arXiv:2311.03099, section 3): random sparse deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_ft.algebra.cells import l1, l1_norms, restoring_factor, totals
+from mergekit_ft.algebra.deltas import subtract_base
+from mergekit_ft.algebra.randomness import keep_mask, key_of
+from mergekit_ft.contract import About, Block, Measure, Survey
+
+ROWS = 3  # of scratch: a delta, and two for its mask
+
+
+class Drop(NamedTuple):
+    """What is dropped of each model's delta, and how the rest makes up for it."""
+
+    density: Sequence[float]  # (k,) share kept
+    seed: int
+    rescale: bool
+    rescaling: str  # "norm" or "density"
+
+    def survey(self, about: About) -> Survey:
+        """Find the factor of what is kept, by norm: |d|_1 / |kept d|_1."""
+        if not self.rescale or self.rescaling != "norm" or all(p == 1.0 for p in self.density):
+            return None
+        (rows,) = yield (Measure(self._norms, cells=True),)
+        sums = totals(rows)
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        return [restoring_factor(whole, kept) for whole, kept in pairs]
+
+    def apply(self, block: Block, factors: Sequence[float] | None) -> Tensor:
+        """Return (k, n) the sparse deltas in the memory of the tuned values."""
+        deltas = subtract_base(block.tuned, block.base)
+        for i, delta in enumerate(deltas):
+            self._drop(delta, block, i)
+            delta.mul_(self._factor(i, factors))
+        return deltas
+
+    def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> list[Tensor]:
+        """Return the sparse deltas in float64, with the same masks."""
+        kept = []
+        for i, x in enumerate(tuned):
+            delta = x - base
+            sparse = delta * self._whole_mask(about, i, delta)
+            by_norm = self.rescale and self.rescaling == "norm" and self.density[i] < 1.0
+            factors = (
+                {i: restoring_factor(float(l1(delta)), float(l1(sparse)))} if by_norm else None
+            )
+            kept.append(sparse * self._factor(i, factors))
+        return kept
+
+    def _whole_mask(self, about: About, i: int, like: Tensor) -> Tensor:
+        if self.density[i] in (0.0, 1.0):
+            return torch.full_like(like, self.density[i])
+        rows = torch.empty((2, like.numel()), dtype=torch.float64)
+        key = key_of(self.seed, about.ids[i], about.name)
+        return keep_mask(key, 0, self.density[i], rows).view_as(like)
+
+    def _drop(self, delta: Tensor, block: Block, i: int) -> None:
+        if self.density[i] == 0.0:
+            delta.zero_()
+        elif self.density[i] < 1.0:
+            key = key_of(self.seed, block.ids[i], block.name)
+            delta.mul_(keep_mask(key, block.start, self.density[i], block.scratch[1:3]))
+
+    def _factor(self, i: int, factors: Sequence[float] | dict[int, float] | None) -> float:
+        if factors is not None:
+            return factors[i]
+        return 1.0 / self.density[i] if self.rescale and self.density[i] > 0.0 else 1.0
+
+    def _norms(self, block: Block) -> Tensor:
+        return l1_norms(block.n, self._whole_and_kept(block))
+
+    def _whole_and_kept(self, block: Block) -> Iterator[Tensor]:
+        for i in range(len(self.density)):
+            yield (delta := torch.sub(block.tuned[i], block.base, out=block.scratch[0]))
+            self._drop(delta, block, i)
+            yield delta

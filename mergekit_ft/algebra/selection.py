@@ -1,0 +1,152 @@
+"""The k largest magnitudes of a vector too long to hold: found by counting, never by sorting.
+
+The bits of a non-negative float, read as an integer, order as the float does. Two passes (four in
+float64) count the bits into 65,536 bins, each within the bin that holds the k-th; a last one
+counts, cell by cell, the elements that equal it, so that of equal ones the lowest indices are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_ft.algebra.cells import by_cell, cells
+from mergekit_ft.contract import CELL, Block, Measure
+
+DIGIT = 16  # bits that one pass settles
+EVERY_CELL = 2**62
+ROWS = 2  # of scratch: deltas, magnitudes
+
+Deltas = Callable[[Block, int], Tensor]  # (block, model) -> (n,) values, in the first scratch row
+
+
+class Cut(NamedTuple):
+    """Which elements are kept: all above `threshold`, and the first of those equal to it."""
+
+    threshold: float  # the k-th largest magnitude
+    below: float  # the next float under it
+    cell: int  # in earlier cells all equal ones are kept, in later ones none
+    quota: int  # how many are kept in this cell
+
+
+Selection = Generator[tuple[Measure, ...], tuple[Tensor, ...], list["Cut | None"]]
+
+
+def count_for(density: float, numel: int) -> int | None:
+    """Return how many of `numel` elements are kept, at least one; None for all and for none."""
+    return None if density in (0.0, 1.0) else max(1, math.trunc(density * numel))
+
+
+def largest(counts: Sequence[int | None], deltas: Deltas, bits: int) -> Selection:
+    """Find the cut of each model's counts[i] largest magnitudes; no cut where that is None."""
+    chosen = [i for i, count in enumerate(counts) if count is not None]
+    if not chosen:
+        return [None] * len(counts)
+    ranks = [int(counts[i] or 0) for i in chosen]
+    floors = [0] * len(chosen)
+    for shift in range(bits - DIGIT, -1, -DIGIT):
+        (bins,) = yield (_histograms(chosen, list(floors), deltas, shift),)
+        for row, counted in enumerate(bins):
+            digit, ranks[row] = _digit_of_rank(counted, ranks[row])
+            floors[row] += digit << shift
+    (equal,) = yield (_equals(chosen, [_as_float(floor, bits) for floor in floors], deltas),)
+    cuts: list[Cut | None] = [None] * len(counts)
+    for row, i in enumerate(chosen):
+        threshold, below = _as_float(floors[row], bits), _as_float(floors[row] - 1, bits)
+        cuts[i] = Cut(threshold, below, *_last_equal(equal[:, row], ranks[row]))
+    return cuts
+
+
+def keep(values: Tensor, cut: Cut, first_cell: int) -> Tensor:
+    """Set to zero, in place, what the cut does not keep of a block's (n,) values."""
+    boundary = (cut.cell - first_cell) * CELL
+    start, stop = (min(max(edge, 0), values.numel()) for edge in (boundary, boundary + CELL))
+    _shrink(values[:start], cut.below)
+    _shrink(values[stop:], cut.threshold)
+    middle = values[start:stop]
+    if middle.numel():
+        equal = middle.abs() == cut.threshold
+        middle.masked_fill_(equal & (equal.cumsum(0) > cut.quota), 0.0)
+        _shrink(middle, cut.below)
+    return values
+
+
+def _shrink(values: Tensor, threshold: float) -> None:
+    """Set to zero the values of magnitude at most `threshold`, in place."""
+    if values.numel() and threshold >= 0.0:
+        torch.ops.aten.hardshrink.out(values, threshold, out=values)
+
+
+def _histograms(chosen: list[int], floors: list[int], deltas: Deltas, shift: int) -> Measure:
+    """Count, for each model, the next digit of the magnitudes that share the floor's digits."""
+
+    def count(block: Block) -> Tensor:
+        bins = torch.zeros((len(chosen), 2**DIGIT + 2), dtype=torch.int64, device=block.base.device)
+        ones = torch.ones(block.n, dtype=torch.int64, device=block.base.device)
+        for row, i in enumerate(chosen):
+            index = (_magnitude_bits(block, deltas, i) - floors[row]).to(torch.int64)
+            index.bitwise_right_shift_(shift).clamp_(-1, 2**DIGIT).add_(1)
+            bins[row].scatter_add_(0, index, ones)
+        return bins[:, 1:-1]
+
+    return Measure(count)
+
+
+def _magnitude_bits(block: Block, deltas: Deltas, i: int) -> Tensor:
+    """Return (n,) integers that order as the magnitudes of model i's deltas."""
+    magnitude = torch.abs(deltas(block, i), out=block.scratch[1])
+    return magnitude.view(torch.int32 if magnitude.dtype == torch.float32 else torch.int64)
+
+
+def _digit_of_rank(counted: Tensor, rank: int) -> tuple[int, int]:
+    """Return the bin that holds the rank-th largest, and its rank (from 1) within that bin."""
+    at_least = counted.flip(0).cumsum(0).flip(0)  # elements in this bin and above
+    digit = int((at_least >= rank).sum()) - 1
+    return digit, rank - (int(at_least[digit]) - int(counted[digit]))
+
+
+def _equals(chosen: list[int], thresholds: list[float], deltas: Deltas) -> Measure:
+    """Count, cell by cell, the magnitudes equal to each model's threshold."""
+
+    def column(block: Block, i: int, threshold: float) -> Tensor:
+        magnitude = torch.abs(deltas(block, i), out=block.scratch[1])
+        equal = torch.eq(magnitude, threshold, out=magnitude)
+        return by_cell(block.n, lambda cell: [equal[cell].sum(dtype=torch.float64)])
+
+    def count(block: Block) -> Tensor:
+        pairs = zip(chosen, thresholds, strict=True)
+        return torch.cat([column(block, i, threshold) for i, threshold in pairs], dim=1)
+
+    return Measure(count, cells=True)
+
+
+def _last_equal(per_cell: Tensor, quota: int) -> tuple[int, int]:
+    """Return the cell in which the quota of equal elements runs out, and what is left for it."""
+    running = per_cell.cumsum(0)
+    if quota >= int(running[-1]):
+        return EVERY_CELL, 0
+    cell = int((running < quota).sum())
+    return cell, quota - int(running[cell]) + int(per_cell[cell])
+
+
+def _as_float(pattern: int, bits: int) -> float:
+    """Return the float with this bit pattern; -1.0 for the pattern under zero."""
+    if pattern < 0:
+        return -1.0
+    integer, real = ("<i", "<f") if bits == 32 else ("<q", "<d")
+    return float(struct.unpack(real, struct.pack(integer, pattern))[0])
+
+
+def reference_keep(values: Tensor, count: int | None) -> Tensor:
+    """Return a copy with only the `count` largest magnitudes, of equal ones the first."""
+    if count is None:
+        return values.clone()
+    order = values.abs().sort(descending=True, stable=True).indices[:count]
+    kept = torch.zeros_like(values)
+    kept[order] = values[order]
+    return kept

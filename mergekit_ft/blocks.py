@@ -1,0 +1,270 @@
+"""Blocks: the same elements of a tensor from every source, cut to a budget; and the crew."""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ft.contract import CELL, Block, Grain
+from mergekit_ft.errors import OperatorError
+from mergekit_ft.resolution import Ref, Task
+from mergekit_ft.sources.dtypes import SIZE, TORCH
+
+USUAL = 4 * CELL  # elements of a block where the budget allows: it stays in the cache
+SPARE_ROWS = 10  # float32 rows a worker needs besides its block: staging, output, indices
+AHEAD = 8  # blocks that the system is told of before they are read
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of elements of a tensor."""
+
+    start: int
+    stop: int
+
+    @property
+    def n(self) -> int:
+        """Return how many elements it holds."""
+        return self.stop - self.start
+
+
+def rows_of(task: Task) -> int:
+    """Return how many rows of arithmetic a block of this task takes."""
+    operators = [op for op in (task.operator, *task.then) if op is not None]
+    k = len(task.tuned)
+    return 1 + k + max((op.scratch(k) for op in operators), default=0)
+
+
+def block_bytes(task: Task, n: int) -> int:
+    """Return the memory that one worker needs for blocks of n elements of this task."""
+    padded = -(-n // 64) * 64
+    return (rows_of(task) + SPARE_ROWS) * padded * task.bits // 8
+
+
+def whole(task: Task) -> bool:
+    """Say whether the task's operators must see the tensor at once."""
+    return any(op.grain is Grain.TENSOR for op in (task.operator, *task.then) if op is not None)
+
+
+def block_size(tasks: Sequence[Task], memory: int, threads: int) -> int:
+    """Return the elements of a block, whole cells, so that all workers stay within the budget."""
+    widest = max(tasks, key=lambda task: block_bytes(task, CELL), default=None)
+    if widest is None:
+        return USUAL
+    cells = memory // (threads * block_bytes(widest, CELL))
+    if cells < 1:
+        need = threads * block_bytes(widest, CELL)
+        raise OperatorError(
+            f"{widest.name}: {threads} threads over {len(widest.tuned)} models need at least "
+            f"{need:,} bytes of memory, more than the {memory:,} given; raise --memory or lower "
+            "--threads"
+        )
+    return min(USUAL, cells * CELL)
+
+
+def cut(task: Task, size: int) -> Iterator[Span]:
+    """Yield the spans that a task's tensor is cut into."""
+    step = max(task.numel, 1) if whole(task) else size
+    for start in range(0, task.numel, step):
+        yield Span(start, min(start + step, task.numel))
+
+
+class Station:
+    """One worker's buffers, refilled for every block; on a GPU, its staging and its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self._staging = [torch.empty(0, dtype=torch.uint8) for _ in range(3)]
+        cuda: Any = torch.cuda  # whose streams are not typed
+        self.stream = cuda.Stream(device) if device.type == "cuda" else None
+
+    def carve(self, rows: int, n: int, dtype: torch.dtype) -> Tensor:
+        """Return (rows, n) of uninitialised arithmetic memory."""
+        padded = -(-n // 64) * 64
+        need = rows * padded * dtype.itemsize
+        if self._arena.numel() < need:
+            self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
+            self._arena = torch.empty(need, dtype=torch.uint8, device=self.device)
+        return self._arena[:need].view(dtype).view(rows, padded)[:, :n]
+
+    def stage(self, which: int, n: int, dtype: torch.dtype) -> Tensor:
+        """Return (n,) of host memory, pinned where the device is a GPU: 0 base, 1 tuned, 2 out."""
+        need = n * dtype.itemsize
+        if self._staging[which].numel() < need:
+            pinned = self.device.type == "cuda"
+            self._staging[which] = torch.empty(0, dtype=torch.uint8)
+            self._staging[which] = torch.empty(need, dtype=torch.uint8, pin_memory=pinned)
+        return self._staging[which][:need].view(dtype)
+
+    def read(self, ref: Ref, span: Span, which: int) -> Tensor:
+        """Return (n,) the span as stored, in host memory."""
+        dtype = TORCH[ref.info.dtype]
+        raw = self.stage(which, span.n, dtype)
+        ref.source.read_into(ref.name, span.start * dtype.itemsize, view_of(raw))
+        return raw
+
+    def settle(self) -> None:
+        """Wait until what was queued on the device has happened."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def view_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous host tensor, shared."""
+    nbytes = tensor.numel() * tensor.element_size()
+    array = (ctypes.c_char * nbytes).from_address(tensor.data_ptr()) if nbytes else b""
+    return memoryview(array).cast("B")
+
+
+def load(station: Station, task: Task, span: Span) -> Block:
+    """Read one block of a task from every source."""
+    k, dtype = len(task.tuned), torch.float64 if task.bits == 64 else torch.float32
+    rows = station.carve(rows_of(task), span.n, dtype)
+    for which, ref in enumerate((task.base, *task.tuned)):
+        if ref is not None:
+            ref.source.will_need(ref.name, *_ahead(ref, span))
+            raw = station.read(ref, span, min(which, 1))
+            rows[which].copy_(raw, non_blocking=station.device.type == "cuda")
+            if which and station.device.type == "cuda":
+                station.settle()  # the staging buffer is read into again
+    return Block(
+        name=task.known,
+        shape=task.shape,
+        start=span.start,
+        base=rows[0] if task.base is not None else rows[0, :0],
+        tuned=rows[1 : k + 1],
+        ids=task.ids,
+        place=task.place,
+        first_cell=task.first_cell + span.start // CELL,
+        scratch=rows[k + 1 :],
+    )
+
+
+def _ahead(ref: Ref, span: Span) -> tuple[int, int]:
+    """Return the bytes, from and count, that will be read some blocks later."""
+    step = span.n * SIZE[ref.info.dtype]
+    start = min((span.start * SIZE[ref.info.dtype]) + AHEAD * step, ref.info.nbytes)
+    return start, min(step, ref.info.nbytes - start)
+
+
+Piece = Callable[[Station], None]
+Job = Generator[list[Piece], None, None]  # yields what may run side by side, resumed when all ran
+
+
+class Crew:
+    """Threads that take the earliest piece that is ready; the first error stops them all."""
+
+    def __init__(self, threads: int, device: torch.device) -> None:
+        self.threads, self.device = threads, device
+
+    def run(self, jobs: Iterable[Job]) -> None:
+        """Carry out every job; a job starts only when no piece of an earlier one is ready."""
+        shift = _Shift(iter(jobs), self.device)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        workers = [
+            threading.Thread(target=shift.work, name=f"merge-{i}", daemon=True)
+            for i in range(self.threads)
+        ]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.2)  # so that Ctrl-C is heard
+        except BaseException as error:
+            shift.stop(error)
+            raise
+        finally:
+            for worker in workers:
+                worker.join()
+            torch.set_num_threads(before)
+        if shift.error is not None:
+            raise shift.error
+
+
+class _Shift:
+    """The state that the workers of one run share."""
+
+    def __init__(self, jobs: Iterator[Job], device: torch.device) -> None:
+        self.jobs, self.device = jobs, device
+        self.turn = threading.Condition()
+        self.ready: list[tuple[int, int, Piece]] = []
+        self.open: dict[int, tuple[Job, int]] = {}  # jobs under way, and pieces they wait for
+        self.started = 0
+        self.exhausted = False
+        self.error: BaseException | None = None
+
+    def work(self) -> None:
+        """Take pieces until nothing is left."""
+        torch.set_num_threads(1)
+        try:
+            station = Station(self.device)
+            while (taken := self._take()) is not None:
+                number, piece = taken
+                if station.stream is None:
+                    piece(station)
+                else:
+                    with torch.cuda.stream(station.stream):
+                        piece(station)
+                self._finish(number)
+        except BaseException as error:
+            self.stop(error)
+
+    def stop(self, error: BaseException) -> None:
+        """Remember the first error and let every worker go home."""
+        with self.turn:
+            self.error = self.error or error
+            self.turn.notify_all()
+
+    def _take(self) -> tuple[int, Piece] | None:
+        with self.turn:
+            while self.error is None:
+                if self.ready:
+                    number, _, piece = heapq.heappop(self.ready)
+                    return number, piece
+                if not self.exhausted:
+                    self._open_next()
+                elif not self.open:
+                    return None
+                else:
+                    self.turn.wait()
+            return None
+
+    def _open_next(self) -> None:
+        job = next(self.jobs, None)
+        if job is None:
+            self.exhausted = True
+            self.turn.notify_all()
+            return
+        self.started += 1
+        self._push(self.started, job)
+
+    def _push(self, number: int, job: Job) -> None:
+        """Queue the next pieces of a job, or close it."""
+        for pieces in job:
+            if pieces:
+                self.open[number] = (job, len(pieces))
+                for order, piece in enumerate(pieces):
+                    heapq.heappush(self.ready, (number, order, piece))
+                self.turn.notify_all()
+                return
+        self.open.pop(number, None)
+        self.turn.notify_all()
+
+    def _finish(self, number: int) -> None:
+        with self.turn:
+            job, left = self.open[number]
+            self.open[number] = (job, left - 1)
+            if left == 1:
+                self._push(number, job)

@@ -1,0 +1,1 @@
+"""The checkpoint: weights plus everything around them."""

@@ -1,0 +1,152 @@
+"""SHA-256 of files: while they are read or written beside, and remembered by size and times."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+CHUNK = 1 << 20  # bytes read at a time
+SETTLED = 2.0  # seconds: a file touched later than this before hashing is not remembered
+
+
+class Growing(Protocol):
+    """A file that is being written."""
+
+    size: int
+
+    def wait_beyond(self, position: int) -> int:
+        """Return how far the file reaches, once that is beyond `position`; 0 when cancelled."""
+
+
+class Cancelled(Exception):
+    """The run ended before the file was hashed."""
+
+
+class Digests:
+    """Hashes files in the background; asking for a result waits for it."""
+
+    def __init__(self, threads: int, memory: Path | None = None) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="digest")
+        self._followers = ThreadPoolExecutor(1, thread_name_prefix="digest-output")
+        self._memory = _Memory(memory or default_memory())
+        self._futures: dict[Path, Future[str]] = {}
+        self._cancelled = threading.Event()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Digests:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def start(self, path: Path) -> None:
+        """Begin to hash a file, unless that was asked before."""
+        with self._lock:
+            if path not in self._futures and not self._cancelled.is_set():
+                self._futures[path] = self._pool.submit(self._remembered, path)
+
+    def follow(self, path: Path, growth: Growing) -> None:
+        """Begin to hash a file while it is being written."""
+        with self._lock:
+            self._futures[path] = self._followers.submit(self._digest, path, growth)
+
+    def of(self, path: Path) -> str:
+        """Return the digest of a file in hexadecimal."""
+        self.start(path)
+        return self._futures[path].result()
+
+    def close(self) -> None:
+        """Stop what is under way."""
+        with self._lock:
+            self._cancelled.set()
+        for pool in (self._pool, self._followers):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._memory.save()
+
+    def _remembered(self, path: Path) -> str:
+        stamp = _stamp(path)
+        digest = self._memory.recall(path, stamp)
+        if digest is None:
+            digest = self._digest(path, None)
+            if _stamp(path) == stamp:
+                self._memory.keep(path, stamp, digest)
+        return digest
+
+    def _digest(self, path: Path, growth: Growing | None) -> str:
+        sha, position = hashlib.sha256(), 0
+        buffer = memoryview(bytearray(CHUNK))
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size if growth is None else growth.size
+            while position < size:
+                limit = size if growth is None else growth.wait_beyond(position)
+                if self._cancelled.is_set() or limit == 0:
+                    raise Cancelled(str(path))
+                got = file.readinto(buffer[: min(CHUNK, limit - position)])
+                if not got:
+                    raise OSError(f"{path} ended at byte {position} of {size}")
+                sha.update(buffer[:got])
+                position += got
+        return sha.hexdigest()
+
+
+def default_memory() -> Path:
+    """Return where digests are remembered: $MERGEKIT_FT_CACHE, or the user's cache folder."""
+    root = os.environ.get("MERGEKIT_FT_CACHE")
+    if root:
+        return Path(root) / "sha256.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "mergekit-ft" / "sha256.json"
+
+
+Stamp = list[int]  # device, inode, size, mtime and ctime in ns
+
+
+def _stamp(path: Path) -> Stamp:
+    at = path.stat()
+    return [at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns]
+
+
+class _Memory:
+    """Digests by path; one is good while the file's stamp is what it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known = _read(path)
+        self._new: dict[str, tuple[Stamp, str]] = {}
+
+    def recall(self, path: Path, stamp: Stamp) -> str | None:
+        """Return the digest of a file that has not been touched since."""
+        known = self._known.get(str(path.resolve()))
+        return known[1] if known and known[0] == stamp else None
+
+    def keep(self, path: Path, stamp: Stamp, digest: str) -> None:
+        """Remember a digest, unless the file is so fresh that a change could go unseen."""
+        if time.time_ns() - max(stamp[3:]) > SETTLED * 1e9:
+            self._new[str(path.resolve())] = (stamp, digest)
+
+    def save(self) -> None:
+        """Add what is new to the file; where that cannot be done, nothing is lost but time."""
+        if not self._new:
+            return
+        draft = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            known = {k: v for k, v in _read(self.path).items() if os.path.exists(k)}
+            draft.write_text(json.dumps({**known, **self._new}), encoding="utf-8")
+            draft.replace(self.path)
+        except OSError:
+            return
+
+
+def _read(path: Path) -> dict[str, tuple[Stamp, str]]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -1,0 +1,182 @@
+"""The engine: plan -> sources -> blocks -> operator -> writer -> checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_ft import __version__
+from mergekit_ft.blocks import Crew, Span, block_size, view_of, whole
+from mergekit_ft.checkpoint import card, config, layout, lock, sides
+from mergekit_ft.checkpoint.digests import Digests
+from mergekit_ft.errors import OperatorError
+from mergekit_ft.options import Options, Progress, Unwatched
+from mergekit_ft.passes import Passes
+from mergekit_ft.plan import read
+from mergekit_ft.resolution import Resolution, Task, resolve
+from mergekit_ft.sources.dtypes import SIZE
+from mergekit_ft.writer import Writer
+
+PlanLike = str | os.PathLike[str] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a merge made."""
+
+    out: Path
+    tensors: int
+    changed: int  # tensors that differ from the base
+    bytes_read: int
+    bytes_written: int
+    notes: list[str] = field(default_factory=list)
+    receipt: dict[str, Any] = field(default_factory=dict)
+
+
+def merge(
+    plan: PlanLike, out: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any
+) -> Result:
+    """Carry out a plan (a file, its text, or a mapping) and write the checkpoint to `out`.
+
+    Options are the fields of `Options`. Raises `MergekitError` and leaves no `out` behind.
+    """
+    chosen, watcher = Options(**options), progress or Unwatched()
+    resolution = resolve_plan(plan, chosen)
+    try:
+        return run(resolution, Path(out), chosen, watcher)
+    finally:
+        watcher.close()
+        resolution.close()
+
+
+def run(resolution: Resolution, out: Path, options: Options, watcher: Progress) -> Result:
+    """Stream every tensor past its operator into the writer, then commit."""
+    files = layout.out_files(resolution, options.max_shard_size)
+    passes = passes_for(resolution, options)
+    passes.advance = watcher.advance
+    writer = Writer(out, files, _identity(resolution, options), options.resume, options.overwrite)
+    with Digests(passes.crew.threads) as digests, writer:
+        if writer.complete:
+            writer.commit({})
+            return _result(resolution, out, lock.read(out))
+        watcher.start(_bytes_to_move(resolution, writer), f"merging into {out}")
+        for file in files:
+            digests.follow(writer.part / file.name, writer.growth(file.name))
+        paths = {(id(s), file.name): file.path for s in resolution.sources for file in s.files}
+        passes.touch = lambda ref: digests.start(paths[id(ref.source), ref.info.file])
+        passes.findings = writer.findings
+        passes.survey_model(writer.note_finding)
+        passes.merge(_IntoFiles(writer), lambda task: task.name in writer.changed)
+        _require_change(resolution, writer, options)
+        receipt = _surround(resolution, writer, digests, options)
+        writer.commit(receipt)
+    return _result(resolution, out, receipt)
+
+
+class _IntoFiles:
+    """Hands tensors to the writer."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def put(self, task: Task, span: Span, out: Tensor) -> None:
+        self._writer.write(task.name, span.start * SIZE[task.dtype], view_of(out))
+
+    def finish(self, task: Task, changed: bool) -> None:
+        self._writer.finish(task.name, task.nbytes, changed)
+
+
+def resolve_plan(plan: PlanLike, options: Options) -> Resolution:
+    """Read a plan and find its tensors; what differs between the configs becomes a note."""
+    reading = read(plan)
+    resolution = resolve(reading, offline=options.offline, allow_pickle=options.allow_pickle)
+    for source in resolution.sources:
+        if source is not resolution.donor:
+            resolution.notes += config.differences(resolution.donor, source)
+    return resolution
+
+
+def passes_for(resolution: Resolution, options: Options) -> Passes:
+    """Return the passes over a resolution's tasks, in blocks that keep to the budget."""
+    merged = resolution.merged
+    threads = 1 if any(map(whole, merged)) else options.workers  # one whole tensor at a time
+    crew = Crew(threads, options.torch_device)
+    size = block_size(merged, options.memory, threads)
+    return Passes(resolution.tasks, size, crew, allow_non_finite=options.allow_non_finite)
+
+
+def _surround(
+    resolution: Resolution, writer: Writer, digests: Digests, options: Options
+) -> dict[str, Any]:
+    """Write what lies around the weights and return the receipt."""
+    part = writer.part
+    sides.copy_sides(resolution, part, copy_code=options.copy_code)
+    if (index := layout.index_json(resolution, list(writer.files))) is not None:
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        (part / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (part / "README.md").write_text(card.card(resolution, writer.out.name), encoding="utf-8")
+    weights = writer.sizes()
+    outputs = {name: {"size": n, "sha256": digests.of(part / name)} for name, n in weights.items()}
+    for path in sorted(part.rglob("*")):
+        name = path.relative_to(part).as_posix()
+        if path.is_file() and name not in weights and path.name != "journal.jsonl":
+            outputs[name] = {
+                "size": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+    inputs = {
+        source.reference: {
+            file.name: {"size": file.size, "sha256": digests.of(file.path)} for file in source.files
+        }
+        for source in resolution.sources
+    }
+    return lock.receipt(
+        resolution, outputs, inputs, writer.findings, options.kept(), writer.changed
+    )
+
+
+def _identity(resolution: Resolution, options: Options) -> str:
+    """Return what two runs share exactly when one may finish the other's work."""
+    words = {
+        "version": __version__,
+        "plan": resolution.plan.text,
+        "options": options.kept(),
+        "sources": [[s.reference, s.revision, s.fingerprint()] for s in resolution.sources],
+        "tasks": [[task.name, task.dtype, str(task.operator)] for task in resolution.tasks],
+    }
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+def _require_change(resolution: Resolution, writer: Writer, options: Options) -> None:
+    if resolution.merged and not any(writer.changed.values()) and not options.allow_unchanged:
+        assert resolution.base is not None
+        raise OperatorError(
+            f"nothing changed: every tensor equals {resolution.base.reference}; check the weights "
+            "and that the models differ from their base, or give --allow-unchanged"
+        )
+
+
+def _bytes_to_move(resolution: Resolution, writer: Writer) -> int:
+    """Return the bytes that the merge reads and writes; surveys come on top."""
+    left = [task for task in resolution.tasks if task.name not in writer.changed]
+    return sum(task.bytes_read + task.nbytes for task in left)
+
+
+def _result(resolution: Resolution, out: Path, receipt: dict[str, Any]) -> Result:
+    tasks = resolution.tasks
+    return Result(
+        out,
+        tensors=len(tasks),
+        changed=sum(receipt["changed"].values()),
+        bytes_read=sum(task.bytes_read for task in tasks),
+        bytes_written=sum(task.nbytes for task in tasks),
+        notes=resolution.notes,
+        receipt=receipt,
+    )

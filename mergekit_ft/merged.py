@@ -1,0 +1,91 @@
+"""A merge that is not written: a mapping from names to tensors, or a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ft.blocks import Span
+from mergekit_ft.engine import PlanLike, passes_for, resolve_plan
+from mergekit_ft.errors import PlanError
+from mergekit_ft.options import Options
+from mergekit_ft.resolution import Resolution, Task
+from mergekit_ft.sources.dtypes import TORCH
+
+
+def open_plan(plan: PlanLike, **options: Any) -> MergedTensors:
+    """Return a merge as a mapping from names to tensors, each made when it is asked for."""
+    chosen = Options(**options)
+    return MergedTensors(resolve_plan(plan, chosen), chosen)
+
+
+def load(plan: PlanLike, *, model_class: Any = None, **options: Any) -> Any:
+    """Return the merge as a transformers model, with no checkpoint on disk.
+
+    The class is the one that the donor's config names, or `model_class`.
+    """
+    import transformers
+
+    with open_plan(plan, **options) as tensors:
+        folder = tensors.resolution.donor.folder or ""
+        settings = transformers.AutoConfig.from_pretrained(folder)
+        named = (settings.architectures or [""])[0]
+        chosen = model_class or getattr(transformers, named, None)
+        if chosen is None:
+            raise PlanError(
+                f"the config of {folder} names no model class that transformers has ({named!r}); "
+                "pass model_class"
+            )
+        state = dict(tensors.items())
+        dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
+        return chosen.from_pretrained(None, config=settings, state_dict=state, dtype=dtype)
+
+
+class MergedTensors(Mapping[str, Tensor]):
+    """A merge that is computed tensor by tensor."""
+
+    def __init__(self, resolution: Resolution, options: Options) -> None:
+        self.resolution = resolution
+        self._tasks = {task.name: task for task in resolution.tasks}
+        self._passes = passes_for(resolution, options)
+
+    def __getitem__(self, name: str) -> Tensor:
+        task = self._tasks[name]
+        self._passes.survey_model(lambda key, finding: finding)
+        only = replace(self._passes, tasks=[task])
+        sink = _IntoMemory(task)
+        only.merge(sink)
+        return sink.tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __enter__(self) -> MergedTensors:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the sources."""
+        self.resolution.close()
+
+
+class _IntoMemory:
+    """Keeps one tensor."""
+
+    def __init__(self, task: Task) -> None:
+        self.tensor = torch.empty(task.shape, dtype=TORCH[task.dtype])
+
+    def put(self, task: Task, span: Span, out: Tensor) -> None:
+        self.tensor.view(-1)[span.start : span.stop].copy_(out)
+
+    def finish(self, task: Task, changed: bool) -> None:
+        pass

@@ -1,0 +1,274 @@
+"""The passes over a model: the surveys that operators ask for, then the merge."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mergekit_ft.algebra.deltas import add_base
+from mergekit_ft.blocks import Crew, Job, Piece, Span, Station, cut, load
+from mergekit_ft.contract import About, Block, Finding, Measure, Survey
+from mergekit_ft.errors import OperatorError
+from mergekit_ft.resolution import Ref, Task
+from mergekit_ft.sources.dtypes import FLOATING, TORCH
+
+Tallied = Generator[list[Piece], None, Finding]
+
+
+class Sink(Protocol):
+    """Where merged tensors go."""
+
+    def put(self, task: Task, span: Span, out: Tensor) -> None:
+        """Take the (n,) stored values of a span."""
+
+    def finish(self, task: Task, changed: bool) -> None:
+        """Take note that a tensor is whole, and whether it differs from the base."""
+
+
+class _Total:
+    """The sum of one measure over a stream of blocks."""
+
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
+        self._rows: dict[tuple[int, int], Tensor] = {}  # (task, start) -> (cells, s)
+        self._tally: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def add(self, order: int, block: Block) -> None:
+        """Measure a block and add what it gives."""
+        part = self.measure.of(block).cpu()
+        with self._lock:
+            if self.measure.cells:
+                self._rows[order, block.start] = part
+            else:
+                self._tally = part if self._tally is None else self._tally.add_(part)
+
+    def result(self) -> Tensor:
+        """Return the tally, or (cells, s) the rows in the order of the stream."""
+        if self.measure.cells:
+            return torch.cat([self._rows[key] for key in sorted(self._rows)])
+        assert self._tally is not None
+        return self._tally
+
+
+@dataclass
+class Passes:
+    """Streams tasks past their operators."""
+
+    tasks: list[Task]
+    size: int  # elements of a block
+    crew: Crew
+    advance: Callable[[int], None] = lambda nbytes: None  # told of every byte read and written
+    touch: Callable[[Ref], None] = lambda ref: None  # told of every tensor before it is read
+    allow_non_finite: bool = False
+    findings: dict[str, Any] = field(default_factory=dict)  # over the whole model, by operator
+
+    def survey_model(self, note: Callable[[str, Finding], Finding]) -> None:
+        """Make the surveys over the whole model that are not known yet, the merge's first."""
+        merged = [(i, task) for i, task in enumerate(self.tasks) if task.surveyed]
+        if not merged:
+            return
+        numel = sum(task.numel for _, task in merged)
+        first = merged[0][1]
+        about = About(first.ids, numel, bits=max(task.bits for _, task in merged))
+        assert first.operator is not None
+        if first.operator.survey_scope == "model" and "merge" not in self.findings:
+            self.findings["merge"] = note("merge", self._over(first.operator.survey(about), merged))
+        for i, adjustment in enumerate(first.then):
+            key = f"then.{i}"
+            if key not in self.findings:
+                self.findings[key] = note(key, self._over(adjustment.follow(about), merged, i))
+
+    def _over(self, survey: Survey, merged: list[tuple[int, Task]], then: int = 0) -> Finding:
+        """Run a survey over the whole model; its finding is kept as JSON can hold it."""
+        try:
+            measures = next(survey)
+            while True:
+                totals = [_Total(measure) for measure in measures]
+                self.crew.run(self._measure(task, order, totals, then) for order, task in merged)
+                measures = survey.send(tuple(total.result() for total in totals))
+        except StopIteration as stop:
+            return _plain(stop.value)
+
+    def _measure(self, task: Task, order: int, totals: list[_Total], then: int) -> Job:
+        """Pass a task's blocks by the measures; those of the merged delta come last."""
+        finding = None
+        if any(total.measure.merged for total in totals):
+            finding = yield from self._finding(task)
+
+        def piece(span: Span, station: Station) -> None:
+            block = load(station, task, span)
+            for total in totals:
+                if total.measure.merged and block.delta is None:
+                    block.delta = self._delta(task, block, finding, then)
+                total.add(order, block)
+
+        yield from self._pieces(task, piece)
+
+    def _finding(self, task: Task) -> Tallied:
+        """Return what the survey of a task's operator finds, making it if it is the tensor's."""
+        operator = task.operator
+        assert operator is not None
+        if operator.survey_scope == "model":
+            return self.findings["merge"]
+        survey = operator.survey(task.about())
+        try:
+            measures = next(survey)
+            while True:
+                totals = [_Total(measure) for measure in measures]
+
+                def piece(span: Span, station: Station, totals: Any = totals) -> None:
+                    block = load(station, task, span)
+                    for total in totals:
+                        total.add(0, block)
+
+                yield from self._pieces(task, piece)
+                measures = survey.send(tuple(total.result() for total in totals))
+        except StopIteration as stop:
+            return stop.value
+
+    def _pieces(self, task: Task, of: Callable[[Span, Station], None]) -> Job:
+        """Yield a piece for every span of a task; the sources are told of it first."""
+        for ref in (task.base, task.copy, *task.tuned):
+            if ref is not None:
+                self.touch(ref)
+        share = task.bytes_read / max(task.numel, 1)
+
+        def piece(span: Span) -> Piece:
+            def run(station: Station) -> None:
+                of(span, station)
+                self.advance(round(share * span.n))
+
+            return run
+
+        yield [piece(span) for span in cut(task, self.size)]
+
+    def merge(self, sink: Sink, done: Callable[[Task], bool] = lambda task: False) -> None:
+        """Merge every task that is not done and hand it to the sink."""
+        self.crew.run(self._merge(task, sink) for task in self.tasks if not done(task))
+
+    def _merge(self, task: Task, sink: Sink) -> Job:
+        changed = [False]
+        finding = None
+        if task.copy is None:
+            finding = yield from self._finding(task)
+
+        def piece(span: Span, station: Station) -> None:
+            if task.copy is not None:
+                out = self._copied(station, task, task.copy, span)
+            else:
+                out = self._merged(station, task, span, finding)
+            self._require_finite(station, task, span, out)
+            changed[0] = changed[0] or _differs(station, task, span, out)
+            sink.put(task, span, out)
+            self.advance(out.numel() * out.element_size())
+
+        yield from self._pieces(task, piece)
+        sink.finish(task, changed[0])
+
+    def _merged(self, station: Station, task: Task, span: Span, finding: Finding) -> Tensor:
+        block = load(station, task, span)
+        out = station.stage(2, span.n, TORCH[task.dtype])
+        values = self._values(task, block, finding)
+        out.copy_(values.flatten(), non_blocking=station.device.type == "cuda")
+        station.settle()
+        return out
+
+    def _values(self, task: Task, block: Block, finding: Finding) -> Tensor:
+        """Return (n,) the merged values of a block."""
+        operator = task.operator
+        assert operator is not None
+        if not task.then and not operator.yields_delta:
+            return operator.merge(block, finding)
+        return add_base(block.base, self._delta(task, block, finding, len(task.then)))
+
+    def _delta(self, task: Task, block: Block, finding: Finding, then: int) -> Tensor:
+        """Return (n,) the delta after the first `then` operators that follow the merge."""
+        operator = task.operator
+        assert operator is not None
+        delta = operator.merge(block, finding)
+        if not operator.yields_delta:
+            delta = delta.sub_(block.base)
+        for i, adjustment in enumerate(task.then[:then]):
+            block.delta = delta
+            delta = adjustment.adjust(block, self.findings[f"then.{i}"])
+        return delta
+
+    def _copied(self, station: Station, task: Task, copy: Ref, span: Span) -> Tensor:
+        """Return (n,) a source's own values, as bytes where the dtype stays."""
+        if copy.info.dtype == task.dtype:
+            out = station.read(copy, span, 2)
+        else:
+            raw = station.read(copy, span, 1)
+            out = station.stage(2, span.n, TORCH[task.dtype])
+            out.copy_(raw)
+        if task.operator is None:
+            for ref in task.tuned:
+                if not same_bits(station.read(ref, span, 1), out):
+                    raise OperatorError(
+                        f"{task.name}: {ref.info.dtype} values do not merge, and those of "
+                        f"{ref.source.reference} differ from {copy.source.reference}; make them "
+                        "equal first"
+                    )
+        return out
+
+    def _require_finite(self, station: Station, task: Task, span: Span, out: Tensor) -> None:
+        if self.allow_non_finite or task.dtype not in FLOATING or finite(out):
+            return
+        for ref in {id(ref): ref for ref in (task.copy, task.base, *task.tuned) if ref}.values():
+            raw = station.read(ref, span, 1).double()
+            if not bool(raw.isfinite().all()):
+                at = span.start + int(raw.isfinite().logical_not().nonzero()[0])
+                raise OperatorError(
+                    f"{ref.source.reference}: {ref.name} holds {float(raw[at - span.start])} at "
+                    f"element {at}; repair the checkpoint, or --allow-non-finite lets it pass"
+                )
+        at = span.start + int(out.double().isfinite().logical_not().nonzero()[0])
+        raise OperatorError(
+            f"{task.name}: the merged value of element {at} does not fit {task.dtype} though all "
+            "sources are finite; lower the weights, or store float32 or bfloat16 (`dtype:`)"
+        )
+
+
+def finite(values: Tensor) -> bool:
+    """Say whether no element is NaN or Inf."""
+    if values.dtype.itemsize == 1:
+        values = values.float()
+    least, most = torch.aminmax(values)
+    return (
+        abs(float(least)) != float("inf")
+        and abs(float(most)) != float("inf")
+        and (float(least) == float(least))
+    )
+
+
+PROBE = 4096  # elements compared first: merges differ early or nowhere
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Say whether two host tensors of one dtype hold the same bytes."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    a, b = one.view(bits), other.view(bits)
+    return torch.equal(a[:PROBE], b[:PROBE]) and torch.equal(a, b)
+
+
+def _differs(station: Station, task: Task, span: Span, out: Tensor) -> bool:
+    """Say whether the output differs from the base; without a base it always does."""
+    if task.base is None:
+        return task.operator is not None
+    if task.copy is task.base:
+        return False
+    raw = station.read(task.base, span, 0)
+    return not same_bits(raw.to(out.dtype), out)
+
+
+def _plain(finding: Finding) -> Finding:
+    """Return a finding as JSON would give it back, so that a resumed run sees the same."""
+    if isinstance(finding, tuple | list):
+        return [_plain(item) for item in finding]
+    return finding

@@ -1,0 +1,69 @@
+"""A plan's file, text or mapping -> a reading of it, with every fault at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_ft.errors import Fault
+from mergekit_ft.plan import marks
+from mergekit_ft.plan.checks import adjustments, check_models, check_then, check_twice, method_of
+from mergekit_ft.plan.parameters import Lookup
+from mergekit_ft.plan.reading import Reading
+from mergekit_ft.plan.structure import build
+
+
+def read(plan: str | os.PathLike[str] | Mapping[str, Any]) -> Reading:
+    """Return a plan given as a file, as YAML text, or as a mapping, and all its faults."""
+    if isinstance(plan, Mapping):
+        tree = marks.of_value(dict(plan))
+        return _read_tree(tree, "plan", yaml.safe_dump(tree.value, sort_keys=False))
+    if isinstance(plan, str) and _is_text(plan):
+        return _read_tree(marks.parse(plan, "plan"), "plan", plan)
+    file = os.fspath(plan)
+    try:
+        text = Path(file).expanduser().read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return _unreadable(file, f"not UTF-8 text (byte {error.start}); a plan is a YAML file")
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        return _unreadable(file, f"cannot be read: {reason}")
+    return _read_tree(marks.parse(text, file), file, text)
+
+
+def _is_text(plan: str) -> bool:
+    """Tell YAML from a file's name."""
+    if "\n" in plan:
+        return True
+    return not os.path.exists(plan) and (": " in plan or plan.lstrip().startswith("{"))
+
+
+def _unreadable(file: str, message: str) -> Reading:
+    return Reading(None, [Fault(message, file)], marks.Marks(), file)
+
+
+def _read_tree(tree: marks.Tree, file: str, text: str) -> Reading:
+    reading = Reading(None, tree.faults, tree.marks, file, text)
+    if () not in tree.marks or (tree.value is None and tree.faults):
+        return reading
+    build(tree.value, reading)
+    if reading.plan is not None:
+        reading.plan.came_from(text, file)
+        _check(reading)
+    reading.faults.sort(key=lambda fault: (fault.line, fault.column))
+    return reading
+
+
+def _check(reading: Reading) -> None:
+    method = method_of(reading)
+    check_twice(reading)
+    check_then(reading)
+    if method is None:
+        adjustments(reading)
+        return
+    check_models(reading, method)
+    reading.lookup = Lookup(reading, method)

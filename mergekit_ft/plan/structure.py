@@ -1,0 +1,151 @@
+"""A plan's tree -> its models, with every misfit named and set aside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from mergekit_ft.errors import PlanError
+from mergekit_ft.plan.fields import parameters_of, shown
+from mergekit_ft.plan.marks import Keys
+from mergekit_ft.plan.models import Entry, Plan
+from mergekit_ft.registry import did_you_mean, nearest
+
+if TYPE_CHECKING:
+    from mergekit_ft.plan.reading import Reading
+
+NOT_YET = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+_TEXTS = ("merge_method", "base_model", "dtype", "out_dtype", "name")
+_PARAMETERS = {"weight", "density", "normalize", "rescale", "lambda", "int8_mask", "t", "gamma"}
+_PARAMETERS |= {"epsilon", "scale", "filter_wise", "normalize_weights", "select_topk", "max_iter"}
+
+
+def build(tree: Any, reading: Reading) -> None:
+    """Set the reading's plan to what is left of a tree after its faults."""
+    if not isinstance(tree, dict):
+        reading.add((), f"a plan is a mapping of keys to values; got {shown(tree)}")
+        return
+    _as_written(tree, reading)
+    _whole(tree, reading)
+    told: set[str] = set()
+    while reading.plan is None:
+        try:
+            reading.plan = Plan.model_validate(tree)
+        except ValidationError as error:
+            for details in reversed(error.errors()):  # the last first, for lists shrink
+                _set_aside(details, tree, reading, told)
+
+
+def _as_written(tree: dict[str, Any], reading: Reading) -> None:
+    """Give texts back their spelling: a name of 007 is no number."""
+    paths: list[Keys] = [(key,) for key in _TEXTS]
+    models = tree.get("models")
+    for i in range(len(models) if isinstance(models, list) else 0):
+        paths += [("models", i, "model"), ("models", i, "model", "revision")]
+    for path in [*paths, ("base_model", "revision")]:
+        mark = reading.marks.get(path)
+        if mark is not None and mark.text is not None:
+            holder = _at(path[:-1], tree)
+            holder[path[-1]] = mark.text if _is_number(holder[path[-1]]) else holder[path[-1]]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _whole(tree: dict[str, Any], reading: Reading) -> None:
+    """Name the two keys that every plan has, where they are missing."""
+    if tree.get("merge_method") in (None, ""):
+        message = "missing key 'merge_method': say how to merge, e.g. `merge_method: linear`"
+        reading.add(("merge_method",), message)
+        tree["merge_method"] = ""
+    if tree.get("models") in (None, []):
+        if not (tree.get("slices") or tree.get("modules")):
+            reading.add(("models",), "missing key 'models': a list of `- model: PATH`")
+        reading.torn.add("models")
+        tree["models"] = []
+
+
+def _set_aside(
+    details: ErrorDetails, tree: dict[str, Any], reading: Reading, told: set[str]
+) -> None:
+    """Report one of pydantic's errors and take the node it is about out of the tree."""
+    path = tuple(details["loc"])
+    below = details.get("ctx", {}).get("at", ()) if details["type"] == "plan" else ()
+    label = f"{reading.marks.label(path[:-1])}.{path[-1]}"
+    if label not in told:  # what was set aside before is missing now
+        message = _message(details, path, tree)
+        at_key = details["type"] == "extra_forbidden" or bool(below)
+        reading.add((*path, *below), message, key=at_key)
+    told.add(label)
+    if details["type"] == "extra_forbidden":  # `mdoel:` is no second fault for want of `model:`
+        told.update(
+            f"{label.rpartition('.')[0]}.{near}" for near in nearest(str(path[-1]), ["model"])
+        )
+    node = path[:-1] if details["type"] == "missing" else _within(path, tree)
+    if details["type"] != "extra_forbidden":
+        reading.torn.add(reading.marks.label(node))
+    _remove(node, tree, reading)
+
+
+def _at(path: Keys, tree: Any) -> Any:
+    for step in path:
+        tree = tree[step]
+    return tree
+
+
+def _within(path: Keys, tree: Any) -> Keys:
+    """Return the part of a path that exists."""
+    for n, step in enumerate(path):
+        try:
+            tree = tree[step]
+        except (KeyError, IndexError, TypeError):
+            return path[:n]
+    return path
+
+
+def _remove(path: Keys, tree: dict[str, Any], reading: Reading) -> None:
+    holder = _at(path[:-1], tree)
+    if path == ("models",) or path == ("merge_method",):
+        holder[path[-1]] = [] if path == ("models",) else ""
+        return
+    del holder[path[-1]]
+    reading.marks.remove(path)
+
+
+def _message(details: ErrorDetails, path: Keys, tree: dict[str, Any]) -> str:
+    kind, key = details["type"], str(path[-1])
+    if kind == "extra_forbidden":
+        return _unknown(key, path, tree)
+    if kind == "plan":
+        return str(details["ctx"]["message"])
+    if kind == "missing":
+        return f"missing key '{key}': write `- {key}: PATH`"
+    if path == ("models",):
+        return "models is a list: write `- model: PATH` for each"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"a model is written `- model: PATH`; got {shown(details['input'])}"
+    return f"{key} must be text; got {shown(details['input'])}"
+
+
+def _unknown(key: str, path: Keys, tree: dict[str, Any]) -> str:
+    """Say what is wrong with a key that no plan has, and what would do."""
+    valid = list((Plan if len(path) == 1 else Entry).model_fields)
+    if len(path) == 1 and key in NOT_YET:
+        return f"'{key}' is a key of mergekit plans that is not supported yet"
+    if key == "layer_range":
+        return "'layer_range' belongs to `slices:`, which is not supported yet"
+    if key in _PARAMETERS or key in _method_words(tree):
+        return f"unknown key '{key}': it is a parameter and belongs under `parameters:`"
+    return f"unknown key '{key}'{did_you_mean(key, valid)} (valid: {', '.join(valid)})"
+
+
+def _method_words(tree: dict[str, Any]) -> set[str]:
+    from mergekit_ft import registry
+
+    try:
+        return set(parameters_of(registry.method(str(tree.get("merge_method")))))
+    except PlanError:
+        return set()

@@ -1,0 +1,116 @@
+"""Words of a plan that decided nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from mergekit_ft.errors import Fault
+from mergekit_ft.layers import Place
+from mergekit_ft.plan.marks import Keys
+from mergekit_ft.plan.reading import Reading
+from mergekit_ft.plan.settings import Clause, Selector, Setting
+from mergekit_ft.registry import nearest
+
+
+@dataclass
+class Seen:
+    """Which tensors were asked for, and which clauses of the plan had a say."""
+
+    names: list[str] = field(default_factory=list)
+    stacks: dict[str, int] = field(default_factory=dict)  # stack -> layers
+    matched: set[Clause] = field(default_factory=set)
+    decided: set[Clause] = field(default_factory=set)
+
+    def tensor(self, name: str, place: Place) -> None:
+        """Note one tensor."""
+        self.names.append(name)
+        if place.layer is not None:
+            self.stacks[place.stack] = place.layers
+
+
+def without_effect(settings: Iterable[Setting], seen: Seen, reading: Reading) -> list[Fault]:
+    """Return a fault for each part of a setting that decided no value."""
+    if not seen.names:
+        return []
+    return [fault for setting in settings for fault in _idle(setting, seen, reading)]
+
+
+def _idle(setting: Setting, seen: Seen, reading: Reading) -> list[Fault]:
+    unmatched = [clause for clause in setting.clauses if clause not in seen.matched]
+    found = [_matches_nothing(clause, seen, reading) for clause in unmatched]
+    shadowed = [c for c in setting.clauses if c in seen.matched and c not in seen.decided]
+    if shadowed and not any(clause in seen.decided for clause in setting.clauses):
+        message = f"'{setting.path[-1]}' has no effect here: every tensor's value comes from a"
+        message += " nearer level (each model gives its own); remove it"
+        return [*found, reading.fault(setting.path, message, key=True)]
+    message = "this entry never decides: earlier ones take every tensor it is for; remove it"
+    return found + [reading.fault(clause.path, message) for clause in shadowed]
+
+
+def _matches_nothing(clause: Clause, seen: Seen, reading: Reading) -> Fault:
+    selector = clause.selector
+    assert selector is not None  # what has no selector matches every tensor
+    key, hint = _reason(selector, seen)
+    path: Keys = (*clause.path, key)
+    return reading.fault(path, f"{selector} matches no tensor{hint}")
+
+
+def _reason(selector: Selector, seen: Seen) -> tuple[str, str]:
+    """Return the key that is to blame, and what would match."""
+    if selector.filter is not None and not any(selector.filter in name for name in seen.names):
+        return "filter", _for_filter(selector.filter, seen.names)
+    if selector.match is not None and not any(
+        Selector(match=selector.match).matches(name, Place()) for name in seen.names
+    ):
+        return "match", _for_glob(selector.match, seen.names)
+    if selector.layers is None:
+        return "filter", ": each part matches some, but none all parts"
+    if all(selector.layers[0] >= layers for layers in seen.stacks.values()):
+        return "layers", _for_layers(seen.stacks)
+    return "layers", ": each part matches some, but none all parts"
+
+
+def _for_layers(stacks: dict[str, int]) -> str:
+    if not stacks:
+        return "; no tensor has a layer number"
+    return "; layers are " + ", ".join(f"{s or '(top)'} 0..{n - 1}" for s, n in stacks.items())
+
+
+def _for_filter(word: str, names: list[str]) -> str:
+    if re.search(r"[*?\[\]|^$\\]", word):
+        return f"; filter is a plain substring, for a glob write `match: '*{word.strip('*')}*'`"
+    dots = word.strip(".").count(".") + 1
+    near = nearest(word, _runs(_kinds(names), dots))
+    return f"; nearest: {', '.join(near)}" if near else _some(names)
+
+
+def _for_glob(glob: str, names: list[str]) -> str:
+    kinds = _kinds(names)
+    if not re.search(r"[*?\[]", glob) and any(glob in name for name in names):
+        return f"; a glob is for the whole name: write `match: '*{glob}*'`"
+    near = nearest(glob.replace("*", ""), kinds)
+    return f"; nearest names: {', '.join(near)}" if near else _some(names)
+
+
+def _some(names: list[str]) -> str:
+    return f"; names are like {', '.join(_kinds(names)[:3])}"
+
+
+def _kinds(names: list[str]) -> list[str]:
+    """Return one name for all that differ only in numbers."""
+    kinds: dict[str, str] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"[0-9]+", "0", name), name)
+    return list(kinds.values())
+
+
+def _runs(names: list[str], length: int) -> list[str]:
+    """Return every distinct run of so many segments."""
+    runs: dict[str, None] = {}
+    for name in names:
+        segments = name.split(".")
+        for i in range(len(segments) - length + 1):
+            runs[".".join(segments[i : i + length])] = None
+    return list(runs)
