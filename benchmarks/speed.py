@@ -68,8 +68,7 @@ def _plan(method: str, models: list[Path], folder: Path) -> Path:
     count, parameters = PLANS[method]
     base = f"base_model: {models[0]}\n" if method != "linear" else ""
     entries = "".join(
-        f"  - model: {model}\n    parameters: {{{parameters}}}\n"
-        for model in models[-count:]
+        f"  - model: {model}\n    parameters: {{{parameters}}}\n" for model in models[-count:]
     )
     path = folder / f"{method}.yaml"
     path.write_text(f"merge_method: {method}\n{base}models:\n{entries}dtype: bfloat16\n")
@@ -108,7 +107,9 @@ def _against_copying(method: str, models: list[Path], folder: Path, pairs: int) 
 def _start_up() -> None:
     """Print the time of `mergekit-ft methods`, whole process."""
     command = [sys.executable, "-m", "mergekit_ft", "methods"]
-    runs = [_seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in "12345"]
+    runs = [
+        _seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in "12345"
+    ]
     print(f"mergekit-ft methods: {statistics.median(runs):.2f} s (bar 0.3 s)")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergekit_ft import __version__, registry
-from mergekit_ft.errors import MergekitError
+from mergekit_ft.errors import MergekitError, PlanError
 
 if TYPE_CHECKING:
     from mergekit_ft.engine import Result
@@ -33,7 +33,8 @@ class Main(click.Group):
         try:
             return super().invoke(ctx)
         except MergekitError as error:
-            click.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
+            placed = isinstance(error, PlanError) or "\n" in str(error)  # each line has its place
+            click.echo(str(error) if placed else f"error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             merging = ctx.invoked_subcommand == "merge"
@@ -42,7 +43,13 @@ class Main(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-class Size(click.ParamType[int]):
+if TYPE_CHECKING:
+    IntType = click.ParamType[int]
+else:  # no generic in every release that we accept
+    IntType = click.ParamType
+
+
+class Size(IntType):
     """A number of bytes such as 1GiB."""
 
     name = "size"
@@ -166,7 +173,7 @@ def verify(out: str, as_json: bool, **asked: Any) -> None:
         _print_json(report)
     else:
         _print(room.lines(report))
-    sys.exit(0 if report["ok"] else DIFFERENT)
+    click.get_current_context().exit(0 if report["ok"] else DIFFERENT)
 
 
 @main.command()
@@ -218,7 +225,7 @@ def schema() -> None:
 
 def _plan(plan: str) -> str:
     """Return the plan's file, or the text that stdin gives."""
-    return click.get_text_stream("stdin").read() + "\n" if plan == "-" else plan
+    return sys.stdin.read() + "\n" if plan == "-" else plan
 
 
 @contextmanager

@@ -16,11 +16,12 @@ from mergekit_ft import __version__
 from mergekit_ft.blocks import Crew, Span, block_size, view_of, whole
 from mergekit_ft.checkpoint import card, config, layout, lock, sides
 from mergekit_ft.checkpoint.digests import Digests
-from mergekit_ft.errors import OperatorError
+from mergekit_ft.errors import OperatorError, SourceError
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.passes import Passes
 from mergekit_ft.plan import read
 from mergekit_ft.resolution import Resolution, Task, resolve
+from mergekit_ft.sources import SourceFile
 from mergekit_ft.sources.dtypes import SIZE
 from mergekit_ft.writer import Writer
 
@@ -132,14 +133,23 @@ def _surround(
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             }
     inputs = {
-        source.reference: {
-            file.name: {"size": file.size, "sha256": digests.of(file.path)} for file in source.files
-        }
+        source.reference: {file.name: _identified(file, digests) for file in source.files}
         for source in resolution.sources
     }
     return lock.receipt(
         resolution, outputs, inputs, writer.findings, options.kept(), writer.changed
     )
+
+
+def _identified(file: SourceFile, digests: Digests) -> dict[str, Any]:
+    """Return size and digest of a source's file; the digest must be the hub's, if it states one."""
+    digest = digests.of(file.path)
+    if file.sha256 not in (None, digest):
+        raise SourceError(
+            f"{file.path}: its SHA-256 is {digest}, but the hub states {file.sha256}; delete the "
+            "file and fetch it again"
+        )
+    return {"size": file.size, "sha256": digest}
 
 
 def _identity(resolution: Resolution, options: Options) -> str:

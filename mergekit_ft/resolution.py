@@ -193,8 +193,8 @@ class _Resolver:
         known = self.donor.ties.get(info.name, info.name)  # a tied tensor is merged as its target
         known = known if known in self.places else info.name
         place = self.places[known]
-        tuned = tuple(_ref(source, known) for source in self.members)
-        base = _ref(self.base, known) if self.base is not None else None
+        tuned = tuple(_ref(source, info.name) for source in self.members)
+        base = _ref(self.base, info.name) if self.base is not None else None
         first = Ref(self.donor, info.name, info)
         task = Task(info.name, known, info.shape, self._stored(info), place, base, tuned, self.ids)
         if info.dtype not in FLOATING:
@@ -242,9 +242,8 @@ class _Resolver:
         return BY_NAME[wanted] if wanted and info.dtype in FLOATING else info.dtype
 
     def _fits(self, info: TensorInfo) -> bool:
-        known = self.donor.ties.get(info.name, info.name)
         return all(
-            (name := source.locate(known)) is not None
+            (name := source.locate(info.name)) is not None
             and source[name].shape == info.shape
             and (source[name].dtype in FLOATING) == (info.dtype in FLOATING)
             for source in self._everyone()

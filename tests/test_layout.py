@@ -120,6 +120,13 @@ def test_the_installed_wheel_merges_from_another_folder(bare: Path, tmp_path: Pa
     assert merged["model.layers.0.mlp.up_proj.weight"].tolist() == [[3.0] * 3] * 2
 
 
+def test_the_package_and_the_changelog_name_the_version_we_ship() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
+    assert importlib.import_module("mergekit_ft").__version__ == version
+    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 def test_there_are_methods() -> None:
     assert METHODS
 

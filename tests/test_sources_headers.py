@@ -167,7 +167,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
 ANY_FILE = st.dictionaries(NAMES, st.tuples(SOME_DTYPES, SHAPES), min_size=1, max_size=6)
 IN_TMP = settings(
     deadline=None,
-    max_examples=5000,
+    max_examples=200,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -43,7 +43,8 @@ class Scores:
 def evaluate(checkpoint: Path, limit: int | None = None) -> Scores:
     """Measure a checkpoint on the held-out items, or on the first `limit` of each kind."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.eval()
     tasks = {
         task: score(model, task_examples(task, "heldout", tokenizer)[:limit]) for task in TASKS
     }
@@ -54,15 +55,15 @@ def evaluate(checkpoint: Path, limit: int | None = None) -> Scores:
 def score(model: Any, examples: list[Example]) -> Score:
     """Measure a model on some texts.
 
-    An item is exact when each token of its answer, and the end of the turn, is the likeliest one after
-    those before it: greedy decoding would then write just this answer.
+    An item is exact when each token of its answer, and the end of the turn, is the likeliest one
+    after those before it: greedy decoding would then write just this answer.
     """
     nats, exact = 0.0, 0
     for batch in batched(examples, 16):
         logits, answers = predict(model, batch)
         nats += cross_entropy(logits, answers, reduction="sum").item()
-        right = logits.argmax(-1) == answers
-        exact += sum(bool(item.all()) for item in right.split(batch.scored.sum(1).tolist()))
+        right = torch.split(logits.argmax(-1) == answers, batch.scored.sum(1).tolist())
+        exact += sum(bool(item.all()) for item in right)
     return Score(nats / sum(example.scored for example in examples), exact / len(examples))
 
 
@@ -70,7 +71,7 @@ def main() -> None:
     """Print the figures of one checkpoint as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("checkpoint", type=Path)
-    print(json.dumps(asdict(evaluate(parser.parse_args().checkpoint)), indent=2))  # noqa: T201
+    print(json.dumps(asdict(evaluate(parser.parse_args().checkpoint)), indent=2))
 
 
 if __name__ == "__main__":

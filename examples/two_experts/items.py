@@ -11,7 +11,7 @@ from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
 TASKS = ("orders", "triage")
-TURN = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"  # ChatML, without a system turn
+TURN = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"  # ChatML, no system turn
 
 
 class Example(NamedTuple):

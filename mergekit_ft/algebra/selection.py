@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_ft.algebra.cells import by_cell, cells
+from mergekit_ft.algebra.cells import by_cell
 from mergekit_ft.contract import CELL, Block, Measure
 
 DIGIT = 16  # bits that one pass settles

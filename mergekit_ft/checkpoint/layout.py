@@ -33,7 +33,7 @@ def parse_size(text: str) -> int:
             "(powers of 1000) or KiB MiB GiB TiB (powers of 1024), such as 500MB, 1.5G or 1GiB"
         )
     whole, _, part = match[1].partition(".")
-    size = (int(whole or 0) * 10 ** len(part) + int(part or 0)) * factor // 10 ** len(part)
+    size: int = int((whole or "0") + part) * factor // 10 ** len(part)
     if size < 1:
         raise ValueError(f"{text!r} is less than one byte")
     return size

@@ -41,10 +41,11 @@ class Row:
 def rows(resolution: Resolution) -> list[Row]:
     """Return a row for each layer of each stack, then one for each role."""
     found: dict[tuple[str, int | None, str], Row] = {}
+    then = list(_numbered([step.method for step in resolution.plan.then]))
     for task in resolution.merged:
         place = task.place
         key = (place.stack, place.layer, "" if place.layer is not None else place.role)
-        found.setdefault(key, Row(*key)).add(_cells(task))
+        found.setdefault(key, Row(*key)).add(_cells(task, then))
     return sorted(found.values(), key=_order(list(found)))
 
 
@@ -59,12 +60,11 @@ def _order(keys: Sequence[tuple[str, int | None, str]]) -> Any:
     return order
 
 
-def _cells(task: Task) -> dict[Column, Any]:
+def _cells(task: Task, then: Sequence[str]) -> dict[Column, Any]:
     """Return every value that a report shows of one tensor."""
     assert task.operator is not None
     cells = dict(_spread("", task.operator.table(task.known, task.place), task.ids))
-    names = [type(step).__name__.lower() for step in task.then]
-    for step, name in zip(task.then, _numbered(names), strict=True):
+    for step, name in zip(task.then, then, strict=True):
         cells |= _spread(f"{name} ", step.table(task.known, task.place), task.ids)
     return cells
 

@@ -198,12 +198,13 @@ def lines(report: Report) -> Iterator[str]:
         yield from _tensor_lines(report["tensors"])
     if report["absent"]:
         yield f"inputs: not checked and no tensor computed again: {report['absent']}"
-    yield "same" if report["ok"] else "DIFFERENT"
+    so_far = ", as far as could be checked" if report["absent"] else ""
+    yield f"as recorded{so_far}" if report["ok"] else "DIFFERENT"
 
 
 def _part(what: str, part: Report) -> Iterator[str]:
-    fine = part["checked"] - len(part["differ"])
-    yield f"{what}: {fine:,} of {count(part['checked'], 'file')} as recorded ({size(part['bytes'])})"
+    held = f"{count(part['checked'], 'file')} of the receipt hashed, {size(part['bytes'])}"
+    yield f"{what}: {held}; {len(part['differ']):,} differ"
     yield from _differences(part["differ"], "file")
 
 

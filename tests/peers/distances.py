@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Distance(NamedTuple):
-    """Of one tensor merged by both toolkits."""
-
-    differing: float  # share of elements whose bits differ
-    relative: float  # largest |ours - theirs| over the largest |value| merged into the element
+from tests.peers.both import Merged
 
 
-def distance(ours: Tensor, theirs: Tensor, sources: Sequence[Tensor]) -> Distance:
-    """Return the distance; where values cancel, their own size is no measure of a rounding."""
-    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-    one, other = ours.double(), theirs.double()
-    scale = torch.stack([one, *(source.double() for source in sources)]).abs().amax(0)
-    apart = (one - other).abs()
-    relative = torch.where(apart > 0, apart / scale, 0.0)
-    return Distance(float((apart > 0).double().mean()), float(relative.max()))
+def relative_distance(merged: Merged) -> Tensor:
+    """Return, for each element, |ours - theirs| over the largest value that went into it.
+
+    Where values cancel, what is left of them is no measure of a rounding.
+    """
+    assert merged.ours.dtype == merged.theirs.dtype
+    ours, theirs = merged.ours.double(), merged.theirs.double()
+    scale = torch.stack([ours, *(source.double() for source in merged.sources)]).abs().amax(0)
+    apart = (ours - theirs).abs()
+    return torch.where(apart > 0, apart / scale, 0.0)
 
 
-def units_apart(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return for each element how many floats of its dtype lie between the two, plus one."""
-    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-    return (_ordinals(ours) - _ordinals(theirs)).abs()
+def units_apart(merged: Merged) -> Tensor:
+    """Return, for each element, how many steps from float to next float lie between the two."""
+    assert merged.ours.dtype == merged.theirs.dtype
+    return (_ordinals(merged.ours) - _ordinals(merged.theirs)).abs()
 
 
 def _ordinals(tensor: Tensor) -> Tensor:

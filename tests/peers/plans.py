@@ -100,6 +100,10 @@ TASK_ARITHMETIC: dict[str, Write] = {
     "gradients": _on_base(
         "task_arithmetic", {"weight": [0, 0.2, 1]}, {"weight": [0.9, 0.1]}, lambda_=[0.4, 0.9]
     ),
+    "base listed too": lambda f: {
+        **(plan := plan_of("task_arithmetic", f, [{}, {"weight": 0.2}], weight=0.6)),
+        "models": [{"model": f.base}, *plan["models"]],
+    },
     "precedence": lambda f: plan_of(
         "task_arithmetic",
         f,

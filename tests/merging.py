@@ -1,0 +1,93 @@
+"""Operators on small vectors, without an engine: blocks are cut here and surveys driven by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ft.algebra.deltas import add_base
+from mergekit_ft.contract import CELL, NOWHERE, About, Block, Finding, Operator, Place, Survey
+
+Vector = Sequence[float] | Tensor
+NAMES = ("maths", "chat", "code", "law")
+
+
+class Case:
+    """One tensor of a base and of k tuned models, for one operator."""
+
+    def __init__(
+        self,
+        operator: Operator,
+        base: Vector,
+        *tuned: Vector,
+        name: str = "w",
+        ids: Sequence[str] = NAMES,
+        place: Place = NOWHERE,
+        dtype: torch.dtype = torch.float32,
+        size: int = CELL,
+    ) -> None:
+        self.operator, self.size = operator, size
+        self.base = torch.as_tensor(base, dtype=dtype).flatten()
+        self.tuned = torch.stack([torch.as_tensor(row, dtype=dtype).flatten() for row in tuned])
+        bits = 64 if dtype == torch.float64 else 32
+        self.about = About(tuple(ids[: len(tuned)]), self.base.numel(), name, place, bits)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield fresh blocks; what lies in their scratch is never a number."""
+        k, n = self.tuned.shape
+        for start in range(0, n, self.size):
+            stop = min(start + self.size, n)
+            scratch = (self.operator.scratch(k), stop - start)
+            yield Block(
+                name=self.about.name,
+                shape=(n,),
+                start=start,
+                base=self.base[start:stop].clone(),
+                tuned=self.tuned[:, start:stop].clone(),
+                ids=self.about.ids,
+                place=self.about.place,
+                first_cell=start // CELL,
+                scratch=torch.full(scratch, torch.nan, dtype=self.base.dtype),
+            )
+
+    def finding(self) -> Finding:
+        """Return what the operator's survey finds."""
+        return found(self.operator.survey(self.about), self.blocks)
+
+    def merged(self) -> Tensor:
+        """Return (n,) what `merge` makes of the blocks: a delta, or values."""
+        finding = self.finding()
+        return torch.cat([self.operator.merge(block, finding).clone() for block in self.blocks()])
+
+    def values(self) -> Tensor:
+        """Return (n,) the merged values."""
+        merged = self.merged()
+        return add_base(self.base, merged) if self.operator.yields_delta else merged
+
+    def reference(self) -> Tensor:
+        """Return (n,) what the operator's plain float64 form makes of the same."""
+        return self.operator.reference(self.base.double(), list(self.tuned.double()), self.about)
+
+
+def found(survey: Survey, blocks: Callable[[], Iterable[Block]]) -> Finding:
+    """Drive a survey over blocks, one pass for each thing that it yields."""
+    try:
+        measures = next(survey)
+        while True:
+            totals = []
+            for measure in measures:
+                parts = [measure.of(block) for block in blocks()]
+                totals.append(torch.cat(parts) if measure.cells else torch.stack(parts).sum(0))
+            measures = survey.send(tuple(totals))
+    except StopIteration as stop:
+        return stop.value
+
+
+def vectors(k: int, n: int, seed: int = 0, **like: Any) -> list[Tensor]:
+    """Return 1 + k random vectors on a grid so coarse that float32 holds their differences."""
+    rolls = torch.Generator().manual_seed(seed)
+    steps = torch.randint(-2048, 2049, (1 + k, n), generator=rolls)
+    return list((steps.double() / 1024).to(**like))

@@ -1,0 +1,315 @@
+"""The algebra that methods share: selection, random masks, deltas, signs, sums over cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mergekit_ft.algebra import cells, deltas, randomness, selection, signs, spheres
+from mergekit_ft.contract import CELL, Block
+from mergekit_ft.layers import Place
+from tests.merging import found, vectors
+
+# --- selection ----------------------------------------------------------------------------------
+
+
+def blocks(rows: Tensor, size: int, first_cell: int = 0) -> Iterator[Block]:
+    """Yield blocks whose deltas are these (k, n) rows."""
+    for start in range(0, rows.shape[1], size):
+        part = rows[:, start : start + size].clone()
+        n = part.shape[1]
+        scratch = torch.full((selection.ROWS, n), torch.nan, dtype=rows.dtype)
+        base, cell = torch.zeros(n, dtype=rows.dtype), first_cell + start // CELL
+        yield Block("w", (rows.shape[1],), start, base, part, "ab", Place(), cell, scratch)
+
+
+def take(block: Block, i: int) -> Tensor:
+    return block.scratch[0].copy_(block.tuned[i])
+
+
+def kept(rows: Tensor, counts: Sequence[int | None], size: int = CELL) -> Tensor:
+    """Return (k, n) what selection keeps, in blocks of `size`."""
+    bits = 32 if rows.dtype == torch.float32 else 64
+    cuts = found(selection.largest(counts, take, bits), lambda: blocks(rows, size))
+    parts = []
+    for block in blocks(rows, size):
+        for row, cut in zip(block.tuned, cuts, strict=True):
+            if cut is not None:
+                selection.keep(row, cut, block.first_cell)
+        parts.append(block.tuned)
+    return torch.cat(parts, dim=1)
+
+
+def sorted_and_cut(values: Tensor, count: int) -> list[float]:
+    """Return the same by sorting in plain Python: by magnitude, then by index."""
+    numbers = values.tolist()
+    order = sorted(range(len(numbers)), key=lambda i: (-abs(numbers[i]), i))[:count]
+    return [x if i in set(order) else 0.0 for i, x in enumerate(numbers)]
+
+
+TRICKY = [0.0, -0.0, 1.0, -1.0, 1.5, 1e-45, -1e-45, 3e-39, 1.1754944e-38, 3.4e38, -3.4e38, 65535.0]
+numbers = st.one_of(st.sampled_from(TRICKY), st.floats(width=32, allow_nan=False))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.lists(numbers, min_size=1, max_size=40), st.booleans())
+def test_the_largest_are_those_that_sorting_finds(
+    data: st.DataObject, values: list[float], double: bool
+) -> None:
+    count = data.draw(st.integers(1, len(values)))
+    vector = torch.tensor(values, dtype=torch.float64 if double else torch.float32)
+    result = kept(vector[None], [count])[0]
+    assert result.tolist() == sorted_and_cut(vector, count)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    n=st.sampled_from([CELL - 1, CELL, CELL + 1, 2 * CELL, 3 * CELL + 7]),
+    share=st.floats(0, 1),
+    steps=st.sampled_from([1, 3, 1000, 2**20]),
+    size=st.sampled_from([CELL, 2 * CELL, 4 * CELL]),
+    seed=st.integers(0, 2**16),
+)
+def test_selection_across_cells_is_a_stable_sort(
+    n: int, share: float, steps: int, size: int, seed: int
+) -> None:
+    # few steps: thousands of equal magnitudes stand at the threshold, in every cell
+    rolls = torch.Generator().manual_seed(seed)
+    values = torch.randint(-steps, steps + 1, (n,), generator=rolls).float() / 8
+    count = max(1, int(share * n))
+    order = values.abs().sort(descending=True, stable=True).indices[:count]
+    expected = torch.zeros_like(values)
+    expected[order] = values[order]
+    assert torch.equal(kept(values[None], [count], size)[0], expected)
+
+
+def test_each_model_is_cut_at_its_own_count() -> None:
+    rows = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [-3.0, 2.0, -1.0]])
+    assert kept(rows, [1, None, 2]).tolist() == [[0, 0, 3], [1, 2, 3], [-3, 2, 0]]
+
+
+def test_a_selection_of_all_or_none_takes_no_pass() -> None:
+    assert list(selection.largest([None, None], take, 32)) == []
+
+
+def test_selection_within_a_model_counts_cells_over_all_its_tensors() -> None:
+    # two tensors of ones, one after the other in the stream: 2 of 3, then 4 of 3 + 3
+    first, second = torch.ones(1, 3), torch.ones(1, 3)
+
+    def stream() -> Iterator[Block]:
+        yield from blocks(first, CELL, first_cell=0)
+        yield from blocks(second, CELL, first_cell=1)
+
+    for count, expected in ((2, [[1, 1, 0], [0, 0, 0]]), (4, [[1, 1, 1], [1, 0, 0]])):
+        (cut,) = found(selection.largest([count], take, 32), stream)
+        parts = [selection.keep(b.tuned[0], cut, b.first_cell).tolist() for b in stream()]
+        assert parts == expected
+
+
+@pytest.mark.parametrize(
+    ("density", "numel", "count"),
+    [(0.2, 10, 2), (0.29, 10, 2), (0.01, 10, 1), (1.0, 10, None), (0.0, 10, None)],
+)
+def test_a_density_is_cut_to_a_count_of_at_least_one(
+    density: float, numel: int, count: int | None
+) -> None:
+    assert selection.count_for(density, numel) == count
+
+
+# --- random masks -------------------------------------------------------------------------------
+
+KEY = randomness.key_of(0, "./maths", "model.layers.0.mlp.up_proj.weight")
+M = 2**20
+
+
+def mask(
+    key: tuple[int, int] = KEY,
+    start: int = 0,
+    n: int = M,
+    share: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return (n,) ones and zeros of a mask."""
+    return randomness.keep_mask(key, start, share, torch.empty(2, n, dtype=dtype)).clone()
+
+
+def chi_square(counts: Tensor) -> float:
+    expected = float(counts.sum()) / counts.numel()
+    return float(((counts.double() - expected) ** 2 / expected).sum())
+
+
+def bound(freedom: int) -> float:
+    """Return what chi-square with so many degrees of freedom passes once in about 3 million."""
+    return freedom + 5 * math.sqrt(2 * freedom) + 2 / 3 * 25
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.37, 0.5, 0.9])
+def test_a_mask_keeps_its_share(share: float) -> None:
+    count = int(mask(share=share).sum())
+    assert abs(count - M * share) < 5 * math.sqrt(M * share * (1 - share))
+
+
+def test_the_share_is_even_along_the_tensor() -> None:
+    per_run = mask().view(1024, -1).sum(1)  # 1024 runs of 1024: variance 1/4 an element
+    assert float(((per_run.double() - 512) ** 2 / 256).sum()) < bound(1024)
+    per_column = mask().view(-1, 1024).sum(0)
+    assert float(((per_column.double() - 512) ** 2 / 256).sum()) < bound(1024)
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_runs_of_neighbours_take_every_pattern_equally(bits: int) -> None:
+    words = mask().long()[: M // bits * bits].view(-1, bits) @ (2 ** torch.arange(bits))
+    assert chi_square(torch.bincount(words, minlength=2**bits)) < bound(2**bits - 1)
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 64, 576, 1024, CELL])
+def test_elements_that_lie_apart_are_independent(lag: int) -> None:
+    signs_ = mask() * 2 - 1
+    product = float((signs_[lag:] * signs_[:-lag]).sum())
+    assert abs(product) < 5 * math.sqrt(M - lag)
+
+
+def neighbouring_keys() -> list[tuple[int, int]]:
+    return [
+        *(randomness.key_of(seed, "./maths", "w") for seed in range(3)),
+        *(randomness.key_of(0, model, "w") for model in ("./chat", "./code")),
+        *(randomness.key_of(0, "./maths", f"model.layers.{i}.w") for i in range(3)),
+        (0, 0),
+        (1, 0),
+        (0, 1),
+    ]
+
+
+def test_masks_of_other_keys_are_independent() -> None:
+    masks = [mask(key) * 2 - 1 for key in neighbouring_keys()]
+    for i, one in enumerate(masks):
+        for j, other in enumerate(masks[:i]):
+            assert abs(float((one * other).sum())) < 5 * math.sqrt(M), (i, j)
+            # nor is one the other, moved along: 1 element, as keys that differ by 1 would be
+            product = float((one[1:] * other[:-1]).sum()), float((one[:-1] * other[1:]).sum())
+            if {i, j} != {8, 9}:  # the keys (0, 0) and (1, 0) are that by construction
+                assert max(map(abs, product)) < 5 * math.sqrt(M), (i, j)
+
+
+def test_a_key_tells_where_a_word_ends() -> None:
+    keys = {randomness.key_of(1, "2", "3"), randomness.key_of(12, "", "3")}
+    keys |= {randomness.key_of(1, "23", ""), randomness.key_of(1, "", "23")}
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("start", [0, 2**31 - 40, 2**32 - 40, 2**32, 5 * 2**32 - 40, 2**40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mask_is_one_however_it_is_cut(start: int, dtype: torch.dtype) -> None:
+    whole = mask(start=start, n=100, dtype=dtype)
+    for at in (1, 39, 40, 41, 99):
+        parts = mask(start=start, n=at, dtype=dtype), mask(start=start + at, n=100 - at)
+        assert torch.cat([part.double() for part in parts]).tolist() == whole.tolist()
+
+
+def test_an_index_beyond_32_bits_begins_no_repetition() -> None:
+    near, far = mask() * 2 - 1, mask(start=2**32) * 2 - 1
+    assert abs(float((near * far).sum())) < 5 * math.sqrt(M)
+    assert abs(int(mask(start=2**32).sum()) - M / 2) < 5 * math.sqrt(M) / 2
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (1.0 - 2**-40, 4096), (2**-40, 0)])
+def test_shares_next_to_none_and_all(share: float, count: int) -> None:
+    assert int(mask(n=4096, share=share).sum()) == count
+
+
+def test_a_mask_never_changes_between_versions() -> None:
+    # MurmurHash3's finaliser on (i + 3), then on the sum with 5, low 31 bits, worked with integers
+    def scramble(word: int) -> int:
+        word ^= word >> 16
+        word = word * 0x85EBCA6B % 2**32
+        word ^= word >> 13
+        word = word * 0xC2B2AE35 % 2**32
+        return word ^ word >> 16
+
+    for start in (0, 2**32 - 8):
+        words = [scramble((scramble((i + 3) % 2**32) + 5 + (i >> 32)) % 2**32)
+                 for i in range(start, start + 64)]  # fmt: skip
+        expected = [float((word & 0x7FFFFFFF) < 2**30) for word in words]
+        assert mask((3, 5), start=start, n=64).tolist() == expected
+
+
+# --- deltas -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_zero_delta_leaves_the_bits_of_the_base(zero: float) -> None:
+    base = torch.tensor([0.0, -0.0, 1.0, -1e-45])
+    merged = deltas.add_base(base, torch.full((4,), zero))
+    assert merged.view(torch.int32).tolist() == base.view(torch.int32).tolist()
+
+
+def test_the_base_is_added_to_a_delta() -> None:
+    assert deltas.add_base(torch.tensor([1.0]), torch.tensor([0.5])).tolist() == [1.5]
+
+
+@pytest.mark.parametrize(
+    ("weights", "normalize", "lambda_", "sole"),
+    [
+        ((1.0,), False, 1.0, 0),
+        ((0.0, 1.0), False, 1.0, 1),
+        ((0.0, 0.3), True, 1.0, 1),
+        ((0.0, -0.3), True, 1.0, 1),
+        ((0.5,), False, 2.0, 0),
+        ((0.5,), False, 1.0, None),
+        ((1e-9,), True, 1.0, None),
+        ((1.0, 1.0), True, 1.0, None),
+        ((1.0, 1.0), False, 0.0, -1),
+        ((0.0, 0.0), True, 1.0, -1),
+    ],
+)
+def test_a_model_is_heard_alone_where_its_factor_is_1(
+    weights: tuple[float, ...], normalize: bool, lambda_: float, sole: int | None
+) -> None:
+    assert deltas.sole_model(weights, normalize, lambda_) == sole
+
+
+# --- cells, signs, spheres ----------------------------------------------------------------------
+
+
+def test_sums_over_cells_do_not_depend_on_the_blocks() -> None:
+    values = torch.randn(3 * CELL + 5, generator=torch.Generator().manual_seed(0))
+    whole = cells.l1_norms(values.numel(), [values])
+    parts = [cells.l1_norms(part.numel(), [part]) for part in values.split(2 * CELL)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert whole.shape == (4, 1)
+    exact = math.fsum(abs(x) for x in values.tolist())
+    assert cells.totals(whole) == [pytest.approx(exact, rel=1e-14)]
+
+
+def test_a_total_is_exact() -> None:
+    rows = torch.tensor([[1e100], [1.0], [-1e100]], dtype=torch.float64)
+    assert cells.totals(rows) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "factor"), [(6.0, 3.0, 2.0), (6.0, 0.0, 1.0), (1e-8, 1e-9, 1.0)]
+)
+def test_a_norm_is_restored_unless_it_vanishes(whole: float, part: float, factor: float) -> None:
+    assert cells.restoring_factor(whole, part) == factor
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_disjoint_merge_is_its_plain_form(normalize: bool) -> None:
+    _, *rows = vectors(4, 4096, dtype=torch.float32)
+    weights = (1.0, 0.5, 0.25, -0.5)
+    plain = signs.reference_disjoint_merge([row.double() for row in rows], weights, normalize)
+    scratch = torch.full((signs.ROWS, 4096), torch.nan)
+    merged = signs.disjoint_merge(torch.stack(rows), weights, normalize, scratch)
+    torch.testing.assert_close(merged.double(), plain, rtol=1e-6, atol=1e-6)
+
+
+def test_equal_vectors_are_a_line_however_short() -> None:
+    assert spheres.arc_weights(0.25, (1e-24, 1e-24), 1e-24) == (0.75, 0.25, True)
+    assert spheres.arc_weights(0.25, (0.0, 0.0), 0.0) == (0.75, 0.25, True)
+    assert not spheres.arc_weights(0.25, (1.0, 1.0), 0.5).straight
