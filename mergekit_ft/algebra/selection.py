@@ -20,7 +20,7 @@ from mergekit_ft.contract import CELL, Block, Measure
 
 DIGIT = 16  # bits that one pass settles
 EVERY_CELL = 2**62
-ROWS = 2  # of scratch: deltas, magnitudes
+ROWS = 6  # of scratch: deltas, magnitudes, and two of 64-bit integers
 
 Deltas = Callable[[Block, int], Tensor]  # (block, model) -> (n,) values, in the first scratch row
 
@@ -86,19 +86,26 @@ def _histograms(chosen: list[int], floors: list[int], deltas: Deltas, shift: int
     """Count, for each model, the next digit of the magnitudes that share the floor's digits."""
 
     def count(block: Block) -> Tensor:
-        bins = torch.zeros((len(chosen), 2**DIGIT + 2), dtype=torch.int64, device=block.base.device)
-        ones = torch.ones(block.n, dtype=torch.int64, device=block.base.device)
+        device = block.scratch.device
+        bins = torch.zeros((len(chosen), 2**DIGIT + 2), dtype=torch.int64, device=device)
+        index, ones = _longs(block.scratch[2:4]), _longs(block.scratch[4:6]).fill_(1)
         for row, i in enumerate(chosen):
-            index = (_magnitude_bits(block, deltas, i) - floors[row]).to(torch.int64)
-            index.bitwise_right_shift_(shift).clamp_(-1, 2**DIGIT).add_(1)
-            bins[row].scatter_add_(0, index, ones)
+            bits = _magnitude_bits(block, deltas, i).sub_(floors[row])
+            digits = bits.bitwise_right_shift_(shift).clamp_(-1, 2**DIGIT).add_(1)
+            bins[row].scatter_add_(0, index.copy_(digits), ones)
         return bins[:, 1:-1]
 
     return Measure(count)
 
 
+def _longs(rows: Tensor) -> Tensor:
+    """Return (n,) 64-bit integers in the memory of two rows of scratch."""
+    whole = rows.as_strided((2 * rows.stride(0),), (1,))
+    return whole.view(torch.int64)[: rows.shape[1]]
+
+
 def _magnitude_bits(block: Block, deltas: Deltas, i: int) -> Tensor:
-    """Return (n,) integers that order as the magnitudes of model i's deltas."""
+    """Return (n,) integers that order as the magnitudes of model i's deltas, in scratch."""
     magnitude = torch.abs(deltas(block, i), out=block.scratch[1])
     return magnitude.view(torch.int32 if magnitude.dtype == torch.float32 else torch.int64)
 
@@ -116,7 +123,7 @@ def _equals(chosen: list[int], thresholds: list[float], deltas: Deltas) -> Measu
     def column(block: Block, i: int, threshold: float) -> Tensor:
         magnitude = torch.abs(deltas(block, i), out=block.scratch[1])
         equal = torch.eq(magnitude, threshold, out=magnitude)
-        return by_cell(block.n, lambda cell: [equal[cell].sum(dtype=torch.float64)])
+        return by_cell(block.n, lambda cell: [equal[cell].sum().double()])
 
     def count(block: Block) -> Tensor:
         pairs = zip(chosen, thresholds, strict=True)
