@@ -168,7 +168,9 @@ def verify(out: str, as_json: bool, **asked: Any) -> None:
     asked.pop("sample", None)
     root, offline = asked.pop("root"), not asked.pop("download")
     where = Path(root) if root else None
-    report = room.verify(Path(out), sample=sample, root=where, offline=offline, **asked)
+    with _watched(quiet=not sys.stderr.isatty()) as bar:
+        found = {"sample": sample, "root": where, "offline": offline, "progress": bar}
+        report = room.verify(Path(out), **found, **asked)
     if as_json:
         _print_json(report)
     else:

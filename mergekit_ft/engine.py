@@ -16,7 +16,7 @@ from mergekit_ft import __version__
 from mergekit_ft.blocks import Crew, Span, block_size, view_of, whole
 from mergekit_ft.checkpoint import card, config, layout, lock, sides
 from mergekit_ft.checkpoint.digests import Digests
-from mergekit_ft.errors import OperatorError, SourceError
+from mergekit_ft.errors import OperatorError, SourceError, WriteError
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.passes import Passes
 from mergekit_ft.plan import read
@@ -24,6 +24,8 @@ from mergekit_ft.resolution import Resolution, Task, resolve
 from mergekit_ft.sources import SourceFile
 from mergekit_ft.sources.dtypes import SIZE
 from mergekit_ft.writer import Writer
+
+CARD, INDEX = "README.md", "model.safetensors.index.json"
 
 PlanLike = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -59,6 +61,8 @@ def merge(
 
 def run(resolution: Resolution, out: Path, options: Options, watcher: Progress) -> Result:
     """Stream every tensor past its operator into the writer, then commit."""
+    _refuse_to_replace_sources(resolution, out)
+    resolution.notes += sides.notes(resolution, copy_code=options.copy_code)
     files = layout.out_files(resolution, options.max_shard_size)
     passes = passes_for(resolution, options)
     passes.advance = watcher.advance
@@ -67,12 +71,12 @@ def run(resolution: Resolution, out: Path, options: Options, watcher: Progress) 
         if writer.complete:
             writer.commit({})
             return _result(resolution, out, lock.read(out))
-        watcher.start(_bytes_to_move(resolution, writer), f"merging into {out}")
         for file in files:
             digests.follow(writer.part / file.name, writer.growth(file.name))
         paths = {(id(s), file.name): file.path for s in resolution.sources for file in s.files}
         passes.touch = lambda ref: digests.start(paths[id(ref.source), ref.info.file])
         passes.findings = writer.findings
+        watcher.start(_bytes_to_move(passes, writer), f"merging into {out}")
         passes.survey_model(writer.note_finding)
         passes.merge(_IntoFiles(writer), lambda task: task.name in writer.changed)
         _require_change(resolution, writer, options)
@@ -110,7 +114,13 @@ def passes_for(resolution: Resolution, options: Options) -> Passes:
     threads = 1 if any(map(whole, merged)) else options.workers  # one whole tensor at a time
     crew = Crew(threads, options.torch_device)
     size = block_size(merged, options.memory, threads)
-    return Passes(resolution.tasks, size, crew, allow_non_finite=options.allow_non_finite)
+    return Passes(
+        resolution.tasks,
+        size,
+        crew,
+        allow_non_finite=options.allow_non_finite,
+        base=resolution.base,
+    )
 
 
 def _surround(
@@ -118,22 +128,18 @@ def _surround(
 ) -> dict[str, Any]:
     """Write what lies around the weights and return the receipt."""
     part = writer.part
-    sides.copy_sides(resolution, part, copy_code=options.copy_code)
+    names = [*writer.sizes(), *sides.copy_sides(resolution, part, copy_code=options.copy_code)]
     if (index := layout.index_json(resolution, list(writer.files))) is not None:
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-        (part / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    (part / "README.md").write_text(card.card(resolution, writer.out.name), encoding="utf-8")
-    weights = writer.sizes()
-    outputs = {name: {"size": n, "sha256": digests.of(part / name)} for name, n in weights.items()}
-    for path in sorted(part.rglob("*")):
-        name = path.relative_to(part).as_posix()
-        if path.is_file() and name not in weights and path.name != "journal.jsonl":
-            outputs[name] = {
-                "size": path.stat().st_size,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            }
+        (part / INDEX).write_text(text, encoding="utf-8")
+        names.append(INDEX)
+    (part / CARD).write_text(card.card(resolution, writer.out.name), encoding="utf-8")
+    outputs = {
+        name: {"size": (part / name).stat().st_size, "sha256": digests.of(part / name)}
+        for name in (*names, CARD)
+    }
     inputs = {
-        source.reference: {file.name: _identified(file, digests) for file in source.files}
+        str(source): {file.name: _identified(file, digests) for file in source.files}
         for source in resolution.sources
     }
     return lock.receipt(
@@ -164,6 +170,16 @@ def _identity(resolution: Resolution, options: Options) -> str:
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
 
+def _refuse_to_replace_sources(resolution: Resolution, out: Path) -> None:
+    """Refuse an OUT that is or holds a model: it would go with the OUT that is replaced."""
+    for source in resolution.sources:
+        folder = source.folder
+        if folder is not None and folder.resolve().is_relative_to(out.resolve()):
+            raise WriteError(
+                f"{out} is or holds {source.reference}, which the plan reads; name another folder"
+            )
+
+
 def _require_change(resolution: Resolution, writer: Writer, options: Options) -> None:
     if resolution.merged and not any(writer.changed.values()) and not options.allow_unchanged:
         assert resolution.base is not None
@@ -173,10 +189,12 @@ def _require_change(resolution: Resolution, writer: Writer, options: Options) ->
         )
 
 
-def _bytes_to_move(resolution: Resolution, writer: Writer) -> int:
-    """Return the bytes that the merge reads and writes; surveys come on top."""
-    left = [task for task in resolution.tasks if task.name not in writer.changed]
-    return sum(task.bytes_read + task.nbytes for task in left)
+def _bytes_to_move(passes: Passes, writer: Writer) -> int:
+    """Return the bytes that the merge reads and writes, and a survey of the model at least."""
+    left = [task for task in passes.tasks if task.name not in writer.changed]
+    merge = sum(task.bytes_read + task.nbytes for task in left)
+    surveys = sum(next(survey, None) is not None for survey in passes.surveys().values())
+    return merge + surveys * sum(task.bytes_read for task in passes.tasks if task.surveyed)
 
 
 def _result(resolution: Resolution, out: Path, receipt: dict[str, Any]) -> Result:

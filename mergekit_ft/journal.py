@@ -79,6 +79,16 @@ def _entries(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
             return
 
 
+def refuse_if_held(path: Path) -> None:
+    """Refuse to go on where another run has this journal open."""
+    if path.exists():
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            _lock_alone(descriptor, path.parent)
+        finally:
+            os.close(descriptor)
+
+
 def _lock_alone(descriptor: int, folder: Path) -> None:
     """Refuse to write where another run is writing, on systems that can tell."""
     try:

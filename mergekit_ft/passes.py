@@ -15,6 +15,7 @@ from mergekit_ft.blocks import Crew, Job, Piece, Span, Station, cut, load
 from mergekit_ft.contract import About, Block, Finding, Measure, Survey
 from mergekit_ft.errors import OperatorError
 from mergekit_ft.resolution import Ref, Task
+from mergekit_ft.sources import Source
 from mergekit_ft.sources.dtypes import FLOATING, TORCH
 
 Tallied = Generator[list[Piece], None, Finding]
@@ -66,26 +67,32 @@ class Passes:
     advance: Callable[[int], None] = lambda nbytes: None  # told of every byte read and written
     touch: Callable[[Ref], None] = lambda ref: None  # told of every tensor before it is read
     allow_non_finite: bool = False
+    base: Source | None = None  # what the output is compared with where a task reads no base
     findings: dict[str, Any] = field(default_factory=dict)  # over the whole model, by operator
 
-    def survey_model(self, note: Callable[[str, Finding], Finding]) -> None:
-        """Make the surveys over the whole model that are not known yet, the merge's first."""
-        merged = [(i, task) for i, task in enumerate(self.tasks) if task.surveyed]
-        if not merged:
-            return
-        numel = sum(task.numel for _, task in merged)
-        first = merged[0][1]
-        about = About(first.ids, numel, bits=max(task.bits for _, task in merged))
-        assert first.operator is not None
-        if first.operator.survey_scope == "model" and "merge" not in self.findings:
-            self.findings["merge"] = note("merge", self._over(first.operator.survey(about), merged))
-        for i, adjustment in enumerate(first.then):
-            key = f"then.{i}"
-            if key not in self.findings:
-                self.findings[key] = note(key, self._over(adjustment.follow(about), merged, i))
+    def surveys(self) -> dict[str, Survey]:
+        """Return the surveys over the whole model that are still to be made, the merge's first."""
+        merged = [task for task in self.tasks if task.surveyed]
+        operator = merged[0].operator if merged else None
+        if operator is None:
+            return {}
+        bits = max(task.bits for task in merged)
+        about = About(merged[0].ids, sum(task.numel for task in merged), bits=bits)
+        model_wide = operator.survey_scope == "model"
+        found = {"merge": operator.survey(about)} if model_wide else {}
+        found |= {f"then.{i}": op.follow(about) for i, op in enumerate(merged[0].then)}
+        return {key: survey for key, survey in found.items() if key not in self.findings}
 
-    def _over(self, survey: Survey, merged: list[tuple[int, Task]], then: int = 0) -> Finding:
-        """Run a survey over the whole model; its finding is kept as JSON can hold it."""
+    def survey_model(self, note: Callable[[str, Finding], Finding]) -> None:
+        """Make the surveys over the whole model and tell `note` of each finding."""
+        for key, survey in self.surveys().items():
+            self.findings[key] = note(
+                key, self._over(survey, 0 if key == "merge" else int(key[5:]))
+            )
+
+    def _over(self, survey: Survey, then: int) -> Finding:
+        """Run a survey over the whole model, the delta as it is before operator `then`."""
+        merged = [(order, task) for order, task in enumerate(self.tasks) if task.surveyed]
         try:
             measures = next(survey)
             while True:
@@ -127,17 +134,17 @@ class Passes:
                     for total in totals:
                         total.add(0, block)
 
-                yield from self._pieces(task, piece)
+                yield from self._pieces(task, piece, told=False)
                 measures = survey.send(tuple(total.result() for total in totals))
         except StopIteration as stop:
             return stop.value
 
-    def _pieces(self, task: Task, of: Callable[[Span, Station], None]) -> Job:
-        """Yield a piece for every span of a task; the sources are told of it first."""
+    def _pieces(self, task: Task, of: Callable[[Span, Station], None], *, told: bool = True) -> Job:
+        """Yield a piece for every span of a task; `advance` is told of those of whole passes."""
         for ref in (task.base, task.copy, *task.tuned):
             if ref is not None:
                 self.touch(ref)
-        share = task.bytes_read / max(task.numel, 1)
+        share = task.bytes_read / max(task.numel, 1) if told else 0.0
 
         def piece(span: Span) -> Piece:
             def run(station: Station) -> None:
@@ -155,6 +162,8 @@ class Passes:
     def _merge(self, task: Task, sink: Sink) -> Job:
         changed = [False]
         finding = None
+        mine = (ref for ref in task.tuned if ref.source is self.base)
+        base = task.base or next(mine, None)
         if task.copy is None:
             finding = yield from self._finding(task)
 
@@ -164,7 +173,7 @@ class Passes:
             else:
                 out = self._merged(station, task, span, finding)
             self._require_finite(station, task, span, out)
-            changed[0] = changed[0] or _differs(station, task, span, out)
+            changed[0] = changed[0] or _differs(station, task, base, span, out)
             sink.put(task, span, out)
             self.advance(out.numel() * out.element_size())
 
@@ -256,15 +265,15 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(bits), other.view(bits))
 
 
-def _differs(station: Station, task: Task, span: Span, out: Tensor) -> bool:
+def _differs(station: Station, task: Task, base: Ref | None, span: Span, out: Tensor) -> bool:
     """Say whether the output differs from the base; without a base it always does."""
-    if task.base is None:
+    if base is None:
         return task.operator is not None
-    if task.copy is task.base:
+    if task.copy is base:
         return False
     probe = Span(span.start, min(span.start + PROBE, span.stop))
     return any(
-        not same_bits(station.read(task.base, part, 0).to(out.dtype), out[: part.n])
+        not same_bits(station.read(base, part, 0).to(out.dtype), out[: part.n])
         for part in (probe, span)
     )
 

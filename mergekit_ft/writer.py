@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Any
 
 from mergekit_ft.errors import WriteError
-from mergekit_ft.journal import Journal
+from mergekit_ft.journal import Journal, refuse_if_held
 from mergekit_ft.sources.dtypes import SIZE
 
-JOURNAL = "journal.jsonl"
+JOURNAL = "mergekit_ft.journal.jsonl"  # a name that no side file of a base has
 RECEIPT = "mergekit_ft.lock.json"
 BATCH = 256 << 20  # bytes between two entries of the journal
 SPARE = 16 << 20  # bytes of disk left for side files, the index and the lock
@@ -101,6 +101,8 @@ class Writer:
     def __init__(
         self, out: Path, files: Sequence[OutFile], identity: str, resume: bool, overwrite: bool
     ) -> None:
+        if out.name in ("", ".."):
+            raise WriteError(f"{out} has no name of its own; name the folder to be made: ./merged")
         self.out, self.files, self.identity = out, files, identity
         self.resume, self.overwrite = resume, overwrite
         self.part = out.with_name(out.name + ".part")
@@ -128,12 +130,15 @@ class Writer:
         return self._growth[file]
 
     def __enter__(self) -> Writer:
-        if self._is_complete(self.part) or (self.resume and self._is_complete(self.out)):
-            self.complete = self.resume
+        self.complete = self.resume and self._is_complete(self.out)
         if self.complete:
             return self
         self._refuse_what_is_there()
+        self.complete = self.resume and self._is_complete(self.part)
+        if self.complete:
+            return self
         try:
+            self._clear_part()
             self._check_space()
             self.part.mkdir(parents=True, exist_ok=True)
             self._open_journal()
@@ -154,9 +159,11 @@ class Writer:
             growth.cancel()
         if error is not None and self._journal is not None:
             keep = isinstance(error, (WriteError, KeyboardInterrupt))
-            if keep:
-                self._flush()
-            self._close()
+            try:
+                if keep:
+                    self._flush()
+            finally:
+                self._close()
             if not keep:
                 shutil.rmtree(self.part, ignore_errors=True)
         self._close()
@@ -195,7 +202,7 @@ class Writer:
                 self._close()
                 (self.part / JOURNAL).unlink()
                 _sync_folder(self.part)
-            if self.part.exists():
+            if not self.complete or self._is_complete(self.part):
                 self._rename()
         except OSError as error:
             raise self._failure(error) from error
@@ -236,6 +243,10 @@ class Writer:
             raise WriteError(f"{self.out} is a file; name a folder that does not exist yet")
         if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
             raise WriteError(f"{self.out} is not empty; name another folder, or give --overwrite")
+
+    def _clear_part(self) -> None:
+        """Make way for a new run, unless another one is at work."""
+        refuse_if_held(self.part / JOURNAL)
         if self.part.exists() and not self.resume:
             if not self.overwrite:
                 raise WriteError(

@@ -11,6 +11,8 @@ from torch import Tensor
 from mergekit_ft.algebra.deltas import add_base
 from mergekit_ft.contract import CELL, NOWHERE, About, Block, Finding, Operator, Place, Survey
 
+torch.set_num_threads(1)  # as in the engine's workers; more only wait for each other here
+
 Vector = Sequence[float] | Tensor
 NAMES = ("maths", "chat", "code", "law")
 

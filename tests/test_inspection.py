@@ -136,6 +136,15 @@ def test_check_tells_the_passes_that_surveys_need(tmp_path: Path) -> None:
     assert "  before it, ties surveys the whole model" in lines
 
 
+def test_check_tells_what_is_read_computed_in_and_stored(tmp_path: Path) -> None:
+    base, one = models(tmp_path, "base", "one")
+    write_checkpoint(Path(one), weights(torch.float32), config=UNTIED)
+    found, lines = report(arithmetic(base, one))
+    assert "dtypes: BF16 + F32 -> float32 -> BF16, 9 tensors" in lines
+    found, lines = report(arithmetic(base, one, dtype="float16"))
+    assert [kind["stored"] for kind in found["dtypes"]] == ["F16"]
+
+
 def test_check_names_tensors_that_are_not_used(tmp_path: Path) -> None:
     base, one = models(tmp_path, "base", "one")
     extra = weights() | {"mtp.extra.weight": torch.zeros(2)}
@@ -281,4 +290,4 @@ def test_the_bar_follows_what_moves_even_beyond_its_end(
     bar.start(10, "merging")
     bar.advance(30)
     bar.close()
-    assert "30.0/30.0" in capsys.readouterr().err
+    assert "31.0/31.0" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def key_of(seed: int, source: str, tensor: str) -> tuple[int, int]:
 def _random_bits(key: tuple[int, int], start: int, rows: Tensor) -> Tensor:
     """Return (n,) 31 random bits for each element, in the memory of the first row."""
     n = rows.shape[1]
-    word, spare = (row.view(torch.int32)[:n] for row in rows)
+    word, spare = rows[0].view(torch.int32)[:n], rows[1].view(torch.int32)[:n]
     torch.arange(n, dtype=torch.int32, out=word)
     _scramble(word.add_(_int32(start + key[0])), spare)
     _scramble(word.add_(_int32((start >> 32) + key[1])), spare)

@@ -80,6 +80,9 @@ def _check(found: Any, path: Path) -> None:
             "the version that wrote it"
         )
     broken = [key for key, kind in PARTS.items() if not isinstance(found.get(key), kind)]
+    for i, source in enumerate(found.get("sources") or ()):
+        if not isinstance(source, dict) or not {"reference", "revision", "files"} <= source.keys():
+            broken.append(f"sources[{i}]")
     broken += [
         f"outputs: {name}"
         for name, file in (found.get("outputs") or {}).items()
@@ -90,7 +93,7 @@ def _check(found: Any, path: Path) -> None:
 
 
 def _source(source: Source, inputs: Mapping[str, Files]) -> dict[str, Any]:
-    files = inputs.get(source.reference, {})
+    files = inputs.get(str(source), {})
     return {
         "reference": source.reference,
         "revision": source.revision,

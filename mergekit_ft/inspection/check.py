@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ def report(resolution: Resolution, options: Options) -> Report:
             "copied": copied,
             "unused": resolution.unused,
         },
+        "dtypes": _dtypes(resolution),
         "bytes": _bytes(resolution),
         "memory": _memory(resolution, options),
         **_output(resolution, options),
@@ -75,6 +77,19 @@ def _source(source: Source, resolution: Resolution) -> Report:
         "bytes": sum(info.nbytes for info in source.values()),
         "files": len(source.files),
     }
+
+
+def _dtypes(resolution: Resolution) -> list[Report]:
+    """Return what is read, computed in and stored, with the number of tensors."""
+    found = Counter(
+        (tuple(sorted({ref.info.dtype for ref in (t.base, *t.tuned) if ref})), t.bits, t.dtype)
+        for t in resolution.merged
+        if t.copy is None
+    )
+    return [
+        {"read": list(read), "computed": f"float{bits}", "stored": stored, "tensors": number}
+        for (read, bits, stored), number in found.items()
+    ]
 
 
 def _bytes(resolution: Resolution) -> Report:
@@ -164,6 +179,9 @@ def lines(report: Report, resolution: Resolution) -> Iterator[str]:
         f"output: {count(tensors['output'], 'tensor')}: {tensors['merged']:,} merged, "
         f"{tensors['copied']:,} copied; {unused:,} of the sources not used"
     )
+    for kind in report["dtypes"]:
+        read_as, number = " + ".join(kind["read"]), count(kind["tensors"], "tensor")
+        yield f"dtypes: {read_as} -> {kind['computed']} -> {kind['stored']}, {number}"
     yield f"bytes: {size(moved['read'])} to read, {size(moved['write'])} to write"
     yield from _pass_lines(moved)
     whole_ones = memory["whole_tensors"]

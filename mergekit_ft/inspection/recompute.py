@@ -26,6 +26,10 @@ CANCELLED = 1e-6  # the same where the stored dtype is coarser than the arithmet
 BORDERLINE = 1e-5  # share of elements where a choice (kept or not, + or -) may fall the other way
 
 
+class Absent(SourceError):
+    """A source that is not where the receipt says."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How a stored tensor compares with the one computed again."""
@@ -72,7 +76,7 @@ class _Finder:
         there = [home / path for home in self._homes if (home / path).is_dir()]
         if not there:
             homes = f"{self._homes[0]}" + ("" if len(self._homes) == 1 else " or above the output")
-            raise SourceError(
+            raise Absent(
                 f"{path}: not found from {homes}; --root names the folder that the plan's "
                 "relative paths start from"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from mergekit_ft.writer import RECEIPT
 
 if TYPE_CHECKING:
     from mergekit_ft.inspection.recompute import Comparison
+    from mergekit_ft.options import Progress
     from mergekit_ft.resolution import Resolution, Task
 
 Report = dict[str, Any]
@@ -36,48 +38,63 @@ def verify(
     memory: int = MEMORY,
     root: Path | None = None,
     offline: bool = True,
-    advance: Advance = lambda nbytes: None,
+    progress: Progress | None = None,
 ) -> Report:
     """Hash an output's files and its inputs', and compute a sample (None: all) of tensors again.
 
     `inputs` None hashes those that are there; True raises where one is not; False leaves them.
     """
     receipt = lock.read(out)
+    watch = progress.advance if progress is not None else _unwatched
+    if progress is not None:
+        progress.start(_bytes(receipt, inputs), f"verifying {out}")
     report: Report = {"out": str(out), "method": receipt.get("method")}
-    report["files"] = _files(out, receipt["outputs"], advance)
-    try:
-        resolution = _reopened(receipt, out, root, offline, inputs, sample)
-    except MergekitError as error:
-        if inputs:
-            raise
-        report |= {"inputs": None, "tensors": None, "absent": str(error)}
-        return report | {"ok": not report["files"]["differ"]}
+    report["files"] = _files(out, receipt["outputs"], watch)
     report |= {"inputs": None, "tensors": None, "absent": None}
-    if resolution is not None:
-        try:
-            if inputs is not False:
-                report["inputs"] = _inputs(resolution, receipt, advance)
-            report["tensors"] = _tensors(resolution, receipt, out, (sample, seed, memory), advance)
-        finally:
-            resolution.close()
+    if inputs is not False or sample != 0:
+        report |= _against_sources(
+            receipt, out, (inputs, root, offline), (sample, seed, memory), watch
+        )
     parts = [report[key] for key in ("files", "inputs", "tensors") if report[key] is not None]
     return report | {"ok": not any(part["differ"] for part in parts)}
 
 
-def _reopened(
+def _unwatched(nbytes: int) -> None:
+    """Tell nobody."""
+
+
+def _bytes(receipt: Report, inputs: bool | None) -> int:
+    """Return the bytes to hash."""
+    files = [receipt["outputs"], *(source["files"] for source in receipt["sources"])]
+    return sum(
+        file["size"] for part in files[: 1 if inputs is False else None] for file in part.values()
+    )
+
+
+def _against_sources(
     receipt: Report,
     out: Path,
-    root: Path | None,
-    offline: bool,
-    inputs: bool | None,
-    sample: int | None,
-) -> Resolution | None:
-    """Return the plan's sources, opened again; None where nobody will look at them."""
-    if inputs is False and sample == 0:
-        return None
-    from mergekit_ft.inspection.recompute import reopen
+    opening: tuple[bool | None, Path | None, bool],
+    asked: tuple[int | None, int, int],
+    advance: Advance,
+) -> Report:
+    """Hash the inputs and compute tensors again, where the sources still are what they were."""
+    from mergekit_ft.inspection.recompute import Absent, reopen
 
-    return reopen(receipt, out, root, offline=offline)
+    inputs, root, offline = opening
+    try:
+        resolution = reopen(receipt, out, root, offline=offline)
+    except MergekitError as error:
+        on_hub = any(source["revision"] for source in receipt["sources"])
+        if inputs:
+            raise
+        if isinstance(error, Absent) or on_hub:
+            return {"absent": str(error)}
+        problem = {"file": "the plan", "problem": f"cannot be carried out any more: {error}"}
+        return {"inputs": {"checked": 0, "bytes": 0, "differ": [problem]}}
+    with closing(resolution):
+        found = {} if inputs is False else {"inputs": _inputs(resolution, receipt, advance)}
+        return found | {"tensors": _tensors(resolution, receipt, out, asked, advance)}
 
 
 def _files(out: Path, recorded: Mapping[str, Mapping[str, Any]], advance: Advance) -> Report:
@@ -88,6 +105,8 @@ def _files(out: Path, recorded: Mapping[str, Mapping[str, Any]], advance: Advanc
 
 def _inputs(resolution: Resolution, receipt: Report, advance: Advance) -> Report:
     """Hash the weight files of every source, and compare its config."""
+    if len(resolution.sources) != len(receipt["sources"]):
+        raise SourceError(f"{RECEIPT}: its sources are not those of its plan; restore it")
     entries = list(zip(resolution.sources, receipt["sources"], strict=True))
     wanted, differ = [], []
     for source, entry in entries:

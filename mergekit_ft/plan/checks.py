@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def method_of(reading: Reading) -> type[Operator] | None:
-    """Return the class that the plan names; None, and a fault, where there is none."""
+    """Return the class that the plan names; a fault, and the nearest one, where there is none."""
     assert reading.plan is not None
     if not reading.plan.merge_method:
         return None
@@ -23,7 +23,11 @@ def method_of(reading: Reading) -> type[Operator] | None:
         return registry.method(reading.plan.merge_method)
     except PlanError as error:
         reading.add(("merge_method",), _said(error))
-        return None
+        nearest = registry.nearest(reading.plan.merge_method, registry.names(), most=1)
+        if not nearest:
+            return None
+        reading.plan = reading.plan.model_copy(update={"merge_method": nearest[0]})
+        return registry.method(nearest[0])  # so that its parameters are checked as well
 
 
 def check_models(reading: Reading, method: type[Operator]) -> None:

@@ -65,6 +65,9 @@ class Source(Mapping[str, TensorInfo]):
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
+    def __str__(self) -> str:
+        return f"{self.reference}@{self.revision}" if self.revision else self.reference
+
     def __repr__(self) -> str:
         return f"Source({self.reference!r}, {len(self)} tensors)"
 

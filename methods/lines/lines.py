@@ -75,6 +75,12 @@ class Lines(Adjustment):
         first = alpha if isinstance(self.alpha, str) or self.alpha is None else self.alpha
         return first, self.beta or 0.0
 
+    def table(self, name: str, place: Place) -> dict[str, Any]:
+        """Return the parameters and lambda, in terms of alpha where that is still to be found."""
+        at_zero, at_one = (self.factor(name, place, alpha) for alpha in (0.0, 1.0))
+        found = at_zero if at_zero == at_one else f"alpha + {at_zero:.6g}"
+        return {**super().table(name, place), "factor": found}
+
     def copies(self, k: int, name: str, place: Place) -> int | None:
         """Return the tuned model where lambda is 1, the base where it is 0."""
         return {1.0: 0, 0.0: -1}.get(self.factor(name, place))

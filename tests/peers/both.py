@@ -29,7 +29,9 @@ def our_merge(plan: Plan) -> dict[str, Tensor]:
         return dict(merged.items())
 
 
-def their_merge(peer: Peer, family: Family, plan: Plan, seed: int | None = None) -> dict[str, Tensor]:
+def their_merge(
+    peer: Peer, family: Family, plan: Plan, seed: int | None = None
+) -> dict[str, Tensor]:
     """Return the peer's merge of the same plan."""
     options = {} if seed is None else {"random_seed": seed}
     return peer.merge(in_mergekits_words(plan, family.peer_architecture), **options)

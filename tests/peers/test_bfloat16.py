@@ -30,7 +30,7 @@ from tests.peers.plans import PLANS
 pytestmark = pytest.mark.peer
 
 NEAR = 1e-6  # of the largest value that went into an element
-FEW = 0.02  # of a model's elements
+FEW = 0.05  # of a model's elements; bfloat16 has 128 magnitudes between powers of two
 CASES = [
     pytest.param(method, words, id=f"{method}: {words}")
     for method, plans in PLANS.items()

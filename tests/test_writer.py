@@ -1,0 +1,343 @@
+"""Commit or nothing: out of order, interrupted, crowded, resumed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_ft import engine, writer
+from mergekit_ft.checkpoint import sides
+from mergekit_ft.errors import OperatorError, WriteError
+from mergekit_ft.journal import Journal, refuse_if_held
+from mergekit_ft.writer import JOURNAL, RECEIPT, Growth, Writer
+from tests.checkpoints import write_checkpoint
+from tests.small_models import CONFIG, NAMES, arithmetic, cli, hashes, three, weights, write_models
+
+PLAN = three("ties", "weight: 0.6, density: 0.5", "then:\n  - lines: {alpha: auto, beta: 0.5}\n")
+WRITES = 15  # of PLAN over these models: 12 tensors, of which one takes four blocks
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a folder with ./base, ./maths and ./chat, in two shards; one tensor has 4 cells."""
+    monkeypatch.setenv("MERGEKIT_FT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(NAMES):
+        made = weights(seed)
+        made["lm_head.weight"] = weights(seed, width=512)["model.layers.0.self_attn.q_proj.weight"]
+        write_checkpoint(tmp_path / name, made, config=CONFIG, shards=2)
+    monkeypatch.setattr(writer, "BATCH", 1)  # every tensor is noted at once
+    return tmp_path
+
+
+def merge(plan: str = PLAN, out: str = "same/out", **options: Any) -> dict[str, str]:
+    """Merge in blocks of one cell; return the hashes of what came out."""
+    engine.merge(plan, out, **{"memory": 6 << 20, "threads": 1, **options})
+    return hashes(out)
+
+
+def undisturbed() -> dict[str, str]:
+    """Return the hashes of a run that nothing disturbs, and leave nothing behind."""
+    found = merge()
+    shutil.rmtree("same")
+    return found
+
+
+def strike(
+    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, number: int, error: BaseException
+) -> None:
+    """Make the n-th call of a function raise, once."""
+    calls, original = iter(range(1, 10**6)), getattr(where, name)
+
+    def struck(*given: Any, **named: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return original(*given, **named)
+
+    monkeypatch.setattr(where, name, struck)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12).flatmap(st.permutations), st.data())
+def test_a_file_grows_to_its_first_gap_in_whatever_order_it_is_written(
+    lengths: list[int], data: st.DataObject
+) -> None:
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    growth, written = Growth(sum(lengths)), set[int]()
+    for i in data.draw(st.permutations(range(len(lengths)))):
+        growth.add(starts[i], starts[i] + lengths[i])
+        written |= set(range(starts[i], starts[i] + lengths[i]))
+        gap = next(byte for byte in range(growth.size + 1) if byte not in written)
+        assert growth.end == gap
+    assert growth.wait_beyond(growth.size - 1) == growth.size
+
+
+def test_whoever_waits_for_a_file_is_let_go_when_the_run_ends() -> None:
+    growth, found = Growth(10), list[int]()
+    waiting = threading.Thread(target=lambda: found.append(growth.wait_beyond(0)))
+    waiting.start()
+    growth.cancel()
+    waiting.join(5)
+    assert found == [0]
+
+
+def test_a_journal_is_read_up_to_a_line_that_was_not_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, "me")
+    for name in ("a", "b"):
+        journal.note_tensor(name, name == "b")
+    journal.note_finding("then.0", [0.1, 3])
+    journal.flush()
+    journal.close()
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        again = Journal(path, "me")
+        lines = whole[:cut].count(b"\n")
+        assert again.changed == {n: n == "b" for n in ("a", "b")[: max(0, lines - 1)]}
+        assert again.findings == ({"then.0": [0.1, 3]} if lines == 4 else {})
+        again.note_tensor("c", True)
+        again.flush()
+        again.close()
+        last = Journal(path, "me")
+        assert last.changed == {**again.changed}
+        last.close()
+
+
+def test_a_journal_of_another_plan_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path / "journal", "me").close()
+    before = (tmp_path / "journal").read_bytes()
+    with pytest.raises(WriteError, match="belongs to another plan"):
+        Journal(tmp_path / "journal", "you")
+    assert (tmp_path / "journal").read_bytes() == before
+
+
+def test_a_journal_that_is_open_is_refused_to_others(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", "me")
+    for other in (lambda: Journal(tmp_path / "journal", "me"), lambda: refuse_if_held(path)):
+        path = tmp_path / "journal"
+        with pytest.raises(WriteError, match="another run is writing there"):
+            other()
+    journal.close()
+    refuse_if_held(tmp_path / "journal")
+
+
+@pytest.mark.parametrize("number", [1, 2, 7, WRITES - 1, WRITES])
+@pytest.mark.parametrize("error", [WriteError("disk on fire"), KeyboardInterrupt()])
+def test_a_run_that_stops_at_any_write_is_resumed_to_the_same_bytes(
+    number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = undisturbed()
+    with monkeypatch.context() as patch:
+        strike(patch, Writer, "write", number, error)
+        with pytest.raises(type(error)):
+            merge()
+    assert not Path("same/out").exists() and Path("same/out.part").is_dir()
+    written: list[str] = []
+    write = Writer.write
+    monkeypatch.setattr(Writer, "write", lambda *g: (written.append(g[1]), write(*g))[1])
+    assert merge(resume=True) == expected
+    done = 0 if number == 1 else number - 2 if number < WRITES - 2 else None
+    assert done is None or len(set(written)) <= 12 - max(0, done - 3)
+    assert not Path("same/out.part").exists()
+
+
+def test_a_run_that_stops_at_every_write_gets_there_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = undisturbed()
+    for _ in range(WRITES):
+        with monkeypatch.context() as patch:
+            strike(patch, Writer, "write", 5, KeyboardInterrupt())
+            try:
+                found = merge(resume=True)
+                break
+            except KeyboardInterrupt:
+                assert not Path("same/out").exists()
+    assert found == expected
+
+
+LATE: list[tuple[Any, str, int]] = [
+    (sides, "_put", 1),  # before the side files
+    (writer.Writer, "_write_receipt", 1),  # before the receipt
+    (Path, "replace", 1),  # the receipt is a draft
+    (Path, "unlink", 1),  # the receipt is there, and the journal
+    (writer, "_sync_folder", 1),  # all is there but the name
+    (Path, "rename", 1),
+]
+
+
+@pytest.mark.parametrize(("where", "name", "number"), LATE, ids=[late[1] for late in LATE])
+def test_a_run_that_is_killed_on_its_last_steps_is_resumed_to_the_same_bytes(
+    where: Any, name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = undisturbed()
+    with monkeypatch.context() as patch:
+        strike(patch, where, name, number, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge()
+    assert not Path("same/out").exists()
+    monkeypatch.setattr(Writer, "write", None)  # every weight is there already
+    assert merge(resume=True) == expected
+
+
+def test_resuming_what_is_done_changes_nothing() -> None:
+    expected = merge()
+    assert merge(resume=True) == expected
+
+
+def test_resuming_a_finished_plan_leaves_the_stopped_run_of_another_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, other = merge(), arithmetic()
+    with monkeypatch.context() as patch:
+        strike(patch, Writer, "write", 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge(other, overwrite=True)
+    assert merge(resume=True) == expected
+    assert Path("same/out.part", JOURNAL).exists()
+    found = merge(other, resume=True, overwrite=True)
+    shutil.rmtree("same")
+    assert merge(other) == found
+
+
+def test_a_stopped_run_over_an_old_output_replaces_it_only_with_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = undisturbed()
+    old = merge(arithmetic())
+    with monkeypatch.context() as patch:
+        strike(patch, writer, "_sync_folder", 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge(overwrite=True)
+    with pytest.raises(WriteError, match="is not empty"):
+        merge(resume=True)
+    assert hashes("same/out") == old
+    assert merge(resume=True, overwrite=True) == expected
+
+
+def test_another_plan_does_not_resume_a_stopped_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        strike(patch, Writer, "write", 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge()
+    before = hashes("same/out.part")
+    with pytest.raises(WriteError, match="belongs to another plan"):
+        merge(arithmetic(), resume=True)
+    os.utime("maths/model-00001-of-00002.safetensors")
+    with pytest.raises(WriteError, match="or its sources or options have changed since"):
+        merge(resume=True)
+    assert hashes("same/out.part") == before
+    assert merge(resume=False, overwrite=True)
+
+
+def during(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Do something at the n-th write of a merge, and nothing at any write within that."""
+    calls, write = iter(range(1, 10**6)), Writer.write
+
+    def acting(*given: Any) -> None:
+        if next(calls) == number:
+            act()
+        write(*given)
+
+    monkeypatch.setattr(Writer, "write", acting)
+
+
+def test_an_old_output_stays_until_the_new_one_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, seen = merge(), list[dict[str, str]]()
+    during(monkeypatch, WRITES - 3, lambda: seen.append(hashes("same/out")))
+    new = merge(arithmetic(), overwrite=True)
+    assert seen == [old] and new != old
+    assert [path.name for path in Path("same").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_run_beside_the_first_is_refused_and_spoils_nothing(
+    options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, said = undisturbed(), list[str]()
+
+    def second() -> None:
+        with pytest.raises(WriteError) as error:
+            merge(**options)
+        said.append(str(error.value))
+
+    during(monkeypatch, 6, second)
+    assert merge() == expected
+    assert "another run is writing there" in said[0]
+
+
+def full(*given: Any) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_after_all_keeps_what_was_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("plan.yaml").write_text(PLAN)
+    with monkeypatch.context() as patch:
+        during(patch, 8, lambda: patch.setattr(os, "pwrite", full))
+        result = cli("merge", "plan.yaml", "out", "--quiet")
+    assert result.exit_code == 6
+    assert "No space left on device; what was written is kept: --resume goes on" in result.stderr
+    assert not Path("out").exists()
+    assert cli("merge", "plan.yaml", "out", "--resume").exit_code == 0
+    assert cli("merge", "plan.yaml", "again").exit_code == 0
+    found, expected = hashes("out"), hashes("again")
+    assert found.pop("README.md") and expected.pop("README.md")  # they differ in their title
+    assert found.pop(RECEIPT) and expected.pop(RECEIPT)
+    assert found == expected
+
+
+def test_values_that_do_not_merge_leave_nothing() -> None:
+    spoilt = weights(1)
+    spoilt["lm_head.weight"][-1, -1] = float("inf")
+    write_checkpoint(Path("maths"), spoilt, config=CONFIG)
+    shutil.rmtree("base")
+    shutil.rmtree("chat")
+    for name in ("base", "chat"):
+        write_checkpoint(Path(name), weights(len(name)), config=CONFIG)
+    for file in Path("maths").glob("model-0*"):
+        file.unlink()
+    Path("maths/model.safetensors.index.json").unlink()
+    with pytest.raises(OperatorError, match=r"lm_head\.weight holds inf"):
+        merge()
+    assert list(Path("same").iterdir()) == []
+
+
+@pytest.mark.parametrize("run", [{"threads": 4}, {"memory": 2 << 30}, {"memory": 64 << 20}])
+def test_neither_budget_nor_threads_move_a_bit(run: dict[str, int]) -> None:
+    assert undisturbed() == merge(**run)
+
+
+def test_the_receipt_has_the_hash_of_every_file(models: Path) -> None:
+    found = merge()
+    del found[RECEIPT]
+    receipt = json.loads(Path("same/out", RECEIPT).read_text())
+    assert {name: file["sha256"] for name, file in receipt["outputs"].items()} == found
+    for source in receipt["sources"]:
+        there = hashes(models / source["reference"])
+        for name, file in source["files"].items():
+            assert file["sha256"] == there[name]
+            assert file["size"] == (models / source["reference"] / name).stat().st_size
+
+
+def test_a_source_that_changes_without_notice_is_hashed_anew(models: Path) -> None:
+    write_models(models / "other")
+    merge()
+    shutil.rmtree("maths")
+    shutil.copytree("other/maths", "maths")
+    write_checkpoint(Path("maths"), weights(9), config=CONFIG)
+    merge(arithmetic(base="./other/base"), out="b")
+    receipt = json.loads(Path("b", RECEIPT).read_text())
+    (file,) = receipt["sources"][1]["files"].values()
+    assert file["sha256"] == hashes("maths")["model.safetensors"]
