@@ -72,7 +72,7 @@ class Passes:
 
     def surveys(self) -> dict[str, Survey]:
         """Return the surveys over the whole model that are still to be made, the merge's first."""
-        merged = [task for task in self.tasks if task.surveyed]
+        merged = [task for task in self.tasks if task.surveyed and task.numel]
         operator = merged[0].operator if merged else None
         if operator is None:
             return {}
@@ -121,6 +121,8 @@ class Passes:
         """Return what the survey of a task's operator finds, making it if it is the tensor's."""
         operator = task.operator
         assert operator is not None
+        if not task.numel:
+            return None  # no block will ask for it
         if operator.survey_scope == "model":
             return self.findings["merge"]
         survey = operator.survey(task.about())
@@ -260,7 +262,9 @@ PROBE = 4096  # elements compared first: where a merge differs, it mostly does s
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Say whether two host tensors of one dtype hold the same bytes."""
+    """Say whether two host tensors have one dtype and hold the same bytes."""
+    if one.dtype != other.dtype:
+        return False
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.view(bits), other.view(bits))
 

@@ -293,7 +293,8 @@ def test_a_total_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("whole", "part", "factor"), [(6.0, 3.0, 2.0), (6.0, 0.0, 1.0), (1e-8, 1e-9, 1.0)]
+    ("whole", "part", "factor"),
+    [(6.0, 3.0, 2.0), (6.0, 0.0, 1.0), (1e-8, 1e-9, 1.0), (math.inf, math.inf, 1.0)],
 )
 def test_a_norm_is_restored_unless_it_vanishes(whole: float, part: float, factor: float) -> None:
     assert cells.restoring_factor(whole, part) == factor

@@ -19,7 +19,7 @@ from torch import Tensor
 import mergekit_ft
 from mergekit_ft import passes
 from mergekit_ft.blocks import Crew, Span, block_bytes
-from mergekit_ft.contract import CELL, Block, Grain, Operator
+from mergekit_ft.contract import CELL, Block, Grain, Measure, Operator, Place
 from mergekit_ft.errors import MergekitError, OperatorError
 from mergekit_ft.passes import Passes
 from mergekit_ft.resolution import Task
@@ -160,6 +160,18 @@ def test_hash_seeds_move_no_bit(home: Path) -> None:
     one, other = (run.communicate()[0] for run in runs)
     assert len(one) == 64
     assert one == other
+
+
+def test_rows_of_cells_are_kept_in_order_whoever_comes_first() -> None:
+    def start_of(block: Block) -> Tensor:
+        return torch.tensor([[block.start]], dtype=torch.float64)
+
+    total = passes._Total(Measure(start_of, cells=True))
+    for task, start in ((1, 1), (0, 2 * CELL), (0, 0), (1, 0)):
+        rows = torch.zeros(1, 1)
+        block = Block("w", (1,), start, rows[0], rows, "a", Place(), 0, rows)
+        total.add(task, block)
+    assert total.result().tolist() == [[0.0], [2.0 * CELL], [0.0], [1.0]]
 
 
 # --- equal models, and one model ----------------------------------------------------------------
@@ -488,7 +500,7 @@ def test_an_error_in_a_worker_surfaces_once_and_stops_the_rest(
         write_checkpoint(tmp_path / folder, {n: torch.full((4,), value) for n in names}, config={})
     Recording.fails_at = "t005"
     before, alive = torch.get_num_threads(), threading.active_count()
-    with pytest.raises(OperatorError, match="^this one fails$"):
+    with pytest.raises(OperatorError, match=r"^this one fails$"):
         run(plan("task_arithmetic", tmp_path), Recording(), threads)
     assert len(Recording.seen) < 300
     assert [name for name, *_ in Recording.seen].count("t005") == 1
@@ -501,7 +513,8 @@ def test_one_block_that_differs_makes_a_tensor_changed_whoever_is_last(
     # the block that does not differ is looked at first and answered last
     looking, answered = threading.Event(), threading.Event()
 
-    def differs(station: Any, task: Task, span: Span, out: Tensor) -> bool:
+    def differs(*asked: Any) -> bool:
+        (span,) = (word for word in asked if isinstance(word, Span))
         if span.start == 0:
             looking.wait(5)
             answered.set()

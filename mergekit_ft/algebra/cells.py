@@ -42,5 +42,5 @@ def l1_norms(n: int, vectors: Iterable[Tensor]) -> Tensor:
 
 
 def restoring_factor(whole: float, part: float) -> float:
-    """Return what gives a part of a delta the L1 norm of the whole; 1 if either vanishes."""
-    return whole / part if min(whole, part) >= 1e-7 else 1.0
+    """Return what gives a part of a delta the L1 norm of the whole; 1 if that is no number."""
+    return whole / part if min(whole, part) >= 1e-7 and math.isfinite(whole) else 1.0

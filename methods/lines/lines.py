@@ -13,6 +13,7 @@ alpha = gamma, beta = 1 - gamma. `alpha: auto` is, over the whole model of T tun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -102,6 +103,11 @@ class Lines(Adjustment):
         (raw,), (merged,) = map(totals, (yield measures))
         if merged == 0.0:
             raise OperatorError("lines: alpha: auto divides by the merged delta, which is zero")
+        if not (math.isfinite(raw) and math.isfinite(merged)):
+            raise OperatorError(
+                "lines: alpha: auto cannot be found, for a delta holds NaN or Inf; give alpha as a "
+                "number, and the merge names the element"
+            )
         return raw / merged / len(about.ids)
 
     def adjust(self, block: Block, finding: Any) -> Tensor:

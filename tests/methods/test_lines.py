@@ -240,6 +240,13 @@ def test_alpha_auto_of_a_merge_that_is_the_base_is_refused(tmp_path: Path) -> No
         )
 
 
+def test_alpha_auto_of_what_is_no_number_is_refused(tmp_path: Path) -> None:
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(MergekitError, match="holds NaN or Inf"):
+            auto: dict[str, Any] = {"alpha": "auto", "beta": 0.5}
+            merge(tmp_path / str(value), "task_arithmetic", [[1, value, 3]], auto, weight=1.0)
+
+
 def test_two_lines_multiply(tmp_path: Path) -> None:
     # under then: each works on what the one before it made: 2 * (0.5, 0.75, 1) * (0, 0.5, 1)
     names = [f"model.layers.{i}.w" for i in range(3)]

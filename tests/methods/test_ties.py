@@ -169,6 +169,16 @@ def test_within_the_model_the_first_of_equals_are_those_of_the_first_tensor(tmp_
     assert merged == {"a.weight": [1.0, 1.0, 0.0], "b.weight": [2.0, 0.0, 0.0]}
 
 
+def test_within_the_model_cells_are_counted_over_all_tensors(tmp_path: Path) -> None:
+    # half of 3 CELL + 10 ones: all of a smaller first tensor, or a part of a larger one
+    for number, (first, second) in enumerate(((CELL + 5, 2 * CELL + 5), (2 * CELL + 5, CELL + 5))):
+        merged = scoped(tmp_path / str(number), "model", [1.0] * first, [1.0] * second)
+        kept = (3 * CELL + 10) // 2
+        assert merged["a.weight"] == [1.0] * min(kept, first) + [0.0] * max(0, first - kept)
+        left = max(0, kept - first)
+        assert merged["b.weight"] == [1.0] * left + [0.0] * (second - left)
+
+
 def test_within_the_model_densities_may_not_differ_between_tensors() -> None:
     assert Ties(weight=(1.0,), density=(0.5,), scope="model").same_everywhere() == (0.5,)
     assert Ties(weight=(1.0,), density=(0.5,)).same_everywhere() is None

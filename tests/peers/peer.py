@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ class Peer:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         self._answer()
-        return tensors_of(out)
+        merged = tensors_of(out)
+        shutil.rmtree(out)
+        return merged
 
     def close(self) -> None:
         """End the process."""

@@ -22,6 +22,7 @@ from tests.peers.plans import plan_of
 
 pytestmark = pytest.mark.peer
 
+LARGE = {"vocab_size": 5003, "hidden_size": 64, "layers": 1}  # embeddings of 320,192 elements
 SIGMAS = 4.0
 DRAWS = 60
 METHODS = ["dare_linear", "dare_ties"]
@@ -76,6 +77,26 @@ def test_each_tensor_keeps_its_share_on_its_own(checkpoints: Checkpoints, densit
     ]
     count = len(squares)
     assert abs(sum(squares) - count) < SIGMAS * math.sqrt(2 * count)  # chi-square
+
+
+@pytest.mark.parametrize("lag", [1, 64, 4096, 65_536, 131_072, 262_144])
+def test_a_mask_does_not_repeat_within_a_large_tensor(checkpoints: Checkpoints, lag: int) -> None:
+    family, density = checkpoints("llama", **LARGE), 0.4
+    plan = float32(plan_of("dare_linear", family, [{"weight": 1.0, "density": density}]))
+    kept = our_merge(plan)["lm_head.weight"] != tensors_of(Path(family.base))["lm_head.weight"]
+    mask = kept.flatten()
+    both = int((mask[lag:] & mask[:-lag]).sum())
+    assert deviation(both, mask.numel() - lag, density**2) < SIGMAS
+
+
+def test_tensors_of_one_shape_have_masks_of_their_own(checkpoints: Checkpoints) -> None:
+    family, density = checkpoints("llama", **LARGE), 0.4
+    plan = float32(plan_of("dare_linear", family, [{"weight": 1.0, "density": density}]))
+    merged, base = our_merge(plan), tensors_of(Path(family.base))
+    head, embedding = (
+        merged[n] != base[n] for n in ("lm_head.weight", "model.embed_tokens.weight")
+    )
+    assert deviation(int((head & embedding).sum()), head.numel(), density**2) < SIGMAS
 
 
 def test_the_masks_of_two_models_are_independent_as_the_peers(
@@ -141,7 +162,7 @@ def test_the_mean_over_many_draws_is_the_weighted_sum_of_whole_deltas(
     draws = Draws(peer, family, plan, rescaling=rescaling)
     terms = [w * draws.delta(path) for w, path in zip(weights, family.tuned, strict=False)]
     whole = torch.stack(terms).sum(0)
-    spread = sum(term**2 for term in terms) * (1 - density) / density / DRAWS
+    spread = torch.stack(terms).square().sum(0) * (1 - density) / density / DRAWS
     for deltas in (draws.ours, draws.theirs):
         off = deltas.mean(0) - whole
         assert float(off.abs().mean() / whole.abs().mean()) < 0.2

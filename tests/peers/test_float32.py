@@ -87,8 +87,8 @@ def test_slerp_of_large_tensors_is_the_formula_and_near_the_peers(
     plan = float32(plan_of("slerp", family, [{}], t=t))
     for merged in merge_by_both(peer, family, plan):
         if "norm" not in merged.name:  # nearly parallel: a line
-            formula = replace(merged, theirs=arc(*merged.sources, t).float())
-            assert_near(formula)
+            base, tuned = merged.sources
+            assert_near(replace(merged, theirs=arc(base, tuned, t).float()))
         assert float(relative_distance(merged).max()) < 5 * NEAR, merged.name
 
 

@@ -123,7 +123,9 @@ def test_lines_after_a_merge_is_the_peers_gradient_of_lambda(
 ) -> None:
     family = checkpoints(family_name, layers=5)
     density = {"ties": 0.4, "dare_linear": 1.0}.get(method)
-    given = {"weight": 0.7} if density is None else {"weight": 0.7, "density": density}
+    given: dict[str, Any] = (
+        {"weight": 0.7} if density is None else {"weight": 0.7, "density": density}
+    )
     plan = {**plan_of(method, family, [{}, {}, {}], **given), "dtype": "float32"}
     ours = our_merge({**plan, "then": [{"lines": {"alpha": alpha, "beta": beta}}]})
     gradient = {**given, "lambda": [alpha, alpha + beta]}
