@@ -53,7 +53,8 @@ class Block:
     place: Place
     first_cell: int  # ordinal of the block's first cell in the stream that a survey sees
     scratch: Tensor  # (s, n) as many rows as the operator asked for
-    delta: Tensor | None = None  # (n,) the merged delta so far, for operators after `then:`
+    delta: Tensor | None = None  # (n,) the merged delta so far, for operators after `then:`;
+    # it may lie in a row of scratch, so `adjust` takes none
 
     @property
     def n(self) -> int:

@@ -61,7 +61,7 @@ def merge(
 
 def run(resolution: Resolution, out: Path, options: Options, watcher: Progress) -> Result:
     """Stream every tensor past its operator into the writer, then commit."""
-    _refuse_to_replace_sources(resolution, out)
+    _refuse_sources_as_out(resolution, out)
     resolution.notes += sides.notes(resolution, copy_code=options.copy_code)
     files = layout.out_files(resolution, options.max_shard_size)
     passes = passes_for(resolution, options)
@@ -149,7 +149,11 @@ def _surround(
 
 def _identified(file: SourceFile, digests: Digests) -> dict[str, Any]:
     """Return size and digest of a source's file; the digest must be the hub's, if it states one."""
-    digest = digests.of(file.path)
+    digest, now = digests.of(file.path), file.path.stat()
+    if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise SourceError(
+            f"{file.path}: changed while it was merged: start again when nothing writes to it"
+        )
     if file.sha256 not in (None, digest):
         raise SourceError(
             f"{file.path}: its SHA-256 is {digest}, but the hub states {file.sha256}; delete the "
@@ -170,13 +174,15 @@ def _identity(resolution: Resolution, options: Options) -> str:
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
 
-def _refuse_to_replace_sources(resolution: Resolution, out: Path) -> None:
-    """Refuse an OUT that is or holds a model: it would go with the OUT that is replaced."""
+def _refuse_sources_as_out(resolution: Resolution, out: Path) -> None:
+    """Refuse an OUT that would replace a model, or come along as one of its side files."""
+    place = out.resolve()
     for source in resolution.sources:
-        folder = source.folder
-        if folder is not None and folder.resolve().is_relative_to(out.resolve()):
+        folder = source.folder and source.folder.resolve()
+        if folder and (folder.is_relative_to(place) or place.is_relative_to(folder)):
             raise WriteError(
-                f"{out} is or holds {source.reference}, which the plan reads; name another folder"
+                f"{out} is, holds or lies in {source.reference}, which the plan reads; name "
+                "another folder"
             )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from mergekit_ft.errors import WriteError
 
+KINDS = {"identity", "finding", "tensor"}  # of entries
+
 
 class Journal:
     """Lines of JSON; the first says whose run it is, each other what it finished."""
@@ -74,9 +76,12 @@ def _entries(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
         if not line.endswith(b"\n"):
             return
         try:
-            yield json.loads(line)
+            entry = json.loads(line)
         except ValueError:
             return
+        if not isinstance(entry, dict) or not entry.keys() & KINDS:
+            return
+        yield entry
 
 
 def refuse_if_held(path: Path) -> None:

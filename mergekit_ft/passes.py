@@ -175,7 +175,8 @@ class Passes:
             else:
                 out = self._merged(station, task, span, finding)
             self._require_finite(station, task, span, out)
-            changed[0] = changed[0] or _differs(station, task, base, span, out)
+            if not changed[0] and _differs(station, task, base, span, out):
+                changed[0] = True  # by whichever worker sees it; nobody sets it back
             sink.put(task, span, out)
             self.advance(out.numel() * out.element_size())
 
@@ -194,7 +195,8 @@ class Passes:
         """Return (n,) the merged values of a block."""
         operator = task.operator
         assert operator is not None
-        if not task.then and not operator.yields_delta:
+        idle = all(adjustment.neutral(task.known, task.place) for adjustment in task.then)
+        if idle and not operator.yields_delta:
             return operator.merge(block, finding)
         return add_base(block.base, self._delta(task, block, finding, len(task.then)))
 

@@ -197,7 +197,7 @@ class _Resolver:
         base = _ref(self.base, info.name) if self.base is not None else None
         first = Ref(self.donor, info.name, info)
         task = Task(info.name, known, info.shape, self._stored(info), place, base, tuned, self.ids)
-        if info.dtype not in FLOATING:
+        if info.dtype not in FLOATING or not task.numel:
             return replace(task, copy=first)
         operator, then = self._operators(known, place)
         if operator is None:

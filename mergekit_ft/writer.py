@@ -106,7 +106,7 @@ class Writer:
         self.out, self.files, self.identity = out, files, identity
         self.resume, self.overwrite = resume, overwrite
         self.part = out.with_name(out.name + ".part")
-        self.replaced = out.with_name(out.name + ".replaced")
+        self.replaced = out.with_name(out.name + ".mergekit_ft.replaced")
         self.complete = False  # an earlier run did everything but the last rename, or all
         self.findings: dict[str, Any] = {}  # of surveys over the whole model
         self.changed: dict[str, bool] = {}  # by finished tensor: whether it differs from the base
@@ -239,15 +239,21 @@ class Writer:
         return isinstance(receipt, dict) and receipt.get("identity") == self.identity
 
     def _refuse_what_is_there(self) -> None:
-        if self.out.exists() and not self.out.is_dir():
-            raise WriteError(f"{self.out} is a file; name a folder that does not exist yet")
+        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
+            raise WriteError(
+                f"{self.out} is a file or a link; name a folder that does not exist yet"
+            )
         if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
             raise WriteError(f"{self.out} is not empty; name another folder, or give --overwrite")
 
     def _clear_part(self) -> None:
         """Make way for a new run, unless another one is at work."""
+        if not self.part.exists() or (self.part.is_dir() and not any(self.part.iterdir())):
+            return
+        if not any((self.part / name).exists() for name in (JOURNAL, RECEIPT)):
+            raise WriteError(f"{self.part} is not what a run of ours left; move it out of the way")
         refuse_if_held(self.part / JOURNAL)
-        if self.part.exists() and not self.resume:
+        if not self.resume:
             if not self.overwrite:
                 raise WriteError(
                     f"{self.part} is what a stopped run left; --resume finishes it, --overwrite "

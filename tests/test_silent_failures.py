@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mergekit_ft.writer import Writer
 from tests.checkpoints import write_checkpoint
 from tests.small_models import (
     CONFIG,
@@ -175,6 +176,32 @@ def test_a_value_that_is_not_finite_is_refused_by_name_and_place(value: str, wei
     assert not Path("out").exists()
 
 
+EVERY_METHOD = [
+    "linear: weight: 0.5",
+    "task_arithmetic: weight: 0.5",
+    "ties: weight: 0.5, density: 0.3",
+    "ties: weight: 0.5, density: 0.3, rescale: true",
+    "ties: weight: 0.5, density: 0.3, scope: model",
+    "dare_linear: weight: 0.5, density: 0.3",
+    "dare_ties: weight: 0.5, density: 0.3",
+    "slerp: t: 0.5",
+    "lines: gamma: 0.5",
+]
+
+
+@pytest.mark.parametrize("plan", EVERY_METHOD)
+def test_a_value_that_is_no_number_gets_past_no_method(plan: str) -> None:
+    method, _, parameters = plan.partition(": ")
+    spoilt = weights(1)
+    spoilt["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    write_checkpoint(Path("spoilt"), spoilt, config=CONFIG)
+    chat = "" if method in ("slerp", "lines") else "  - model: ./chat\n"
+    base = "" if method == "linear" else "base_model: ./base\n"
+    text = f"merge_method: {method}\n{base}models:\n  - model: ./spoilt\n{chat}"
+    said = "./spoilt: model.layers.1.mlp.up_proj.weight holds nan at element 26"
+    refused(5, said, f"{text}parameters: {{{parameters}}}\n")
+
+
 def test_a_value_that_is_not_finite_in_the_base_is_refused() -> None:
     spoilt = weights(0)
     spoilt["lm_head.weight"][0, 0] = float("nan")
@@ -237,6 +264,21 @@ def test_a_header_that_claims_more_than_the_file_is_refused() -> None:
     file = Path("maths/model.safetensors")
     file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:])
     refused(4, "maths/model.safetensors", arithmetic())
+
+
+@pytest.mark.parametrize("name", ["base", "maths"])
+def test_a_model_that_is_saved_again_during_the_merge_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Writer.write
+
+    def saving(*given: Any) -> None:
+        write_checkpoint(Path(name), weights(7), config=CONFIG)
+        write(*given)
+
+    monkeypatch.setattr(Writer, "write", saving)
+    refused(4, f"{name}/model.safetensors: ", arithmetic())
+    assert not Path("out").exists()
 
 
 def test_a_pickle_is_refused_with_the_way_out() -> None:

@@ -94,7 +94,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone() -> None:
 
 def test_a_model_of_the_plan_is_never_overwritten(models: Path) -> None:
     before = hashes(models / "base")
-    for out in ("base", "./maths", str(models)):
+    for out in ("base", "./maths", str(models), "base/out"):
         refused(6, "which the plan reads; name another folder", arithmetic(), out, "--overwrite")
     assert hashes("base") == before
 

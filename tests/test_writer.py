@@ -228,6 +228,34 @@ def test_a_stopped_run_over_an_old_output_replaces_it_only_with_leave(
     assert merge(resume=True, overwrite=True) == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_what_lies_in_the_way_and_is_not_ours_is_left_alone(options: dict[str, bool]) -> None:
+    Path("same/out.part").mkdir(parents=True)
+    Path("same/out.part/thesis.tex").write_text("years")
+    with pytest.raises(WriteError, match="is not what a run of ours left"):
+        merge(**options)
+    assert Path("same/out.part/thesis.tex").read_text() == "years"
+
+
+def test_an_output_that_is_a_link_is_refused_before_any_byte() -> None:
+    Path("elsewhere").mkdir()
+    for target in ("elsewhere", "nowhere"):
+        Path("link").unlink(missing_ok=True)
+        Path("link").symlink_to(target)
+        with pytest.raises(WriteError, match="is a file or a link"):
+            merge(out="link", overwrite=True)
+        assert not Path("link.part").exists()
+
+
+def test_a_journal_that_holds_anything_else_is_as_good_as_none(tmp_path: Path) -> None:
+    for content in ("5\n", "[]\n", '{"a": 1}\n', "\n", "\0\0\n"):
+        (tmp_path / "journal").write_text(content)
+        journal = Journal(tmp_path / "journal", "me")
+        assert (journal.changed, journal.findings) == ({}, {})
+        journal.close()
+        assert (tmp_path / "journal").read_text() == '{"identity": "me"}\n'
+
+
 def test_another_plan_does_not_resume_a_stopped_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         strike(patch, Writer, "write", 3, KeyboardInterrupt())

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_ft.algebra.cells import by_cell
+from mergekit_ft.algebra.cells import by_cell, exact
 from mergekit_ft.contract import CELL, Block, Measure
 
 DIGIT = 16  # bits that one pass settles
@@ -123,7 +123,7 @@ def _equals(chosen: list[int], thresholds: list[float], deltas: Deltas) -> Measu
     def column(block: Block, i: int, threshold: float) -> Tensor:
         magnitude = torch.abs(deltas(block, i), out=block.scratch[1])
         equal = torch.eq(magnitude, threshold, out=magnitude)
-        return by_cell(block.n, lambda cell: [equal[cell].sum().double()])
+        return by_cell(block.n, lambda cell: [exact(equal[cell].sum())])
 
     def count(block: Block) -> Tensor:
         pairs = zip(chosen, thresholds, strict=True)

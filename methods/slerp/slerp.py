@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mergekit_ft.algebra.cells import by_cell, totals
+from mergekit_ft.algebra.cells import by_cell, exact, totals
 from mergekit_ft.algebra.deltas import add_base, subtract_base
 from mergekit_ft.algebra.spheres import arc_weights
 from mergekit_ft.contract import About, Block, Measure, Operator, Place, Survey, shared
@@ -59,7 +59,7 @@ def _products(block: Block) -> Tensor:
     """Return (cells, 3): a.a, b.b and a.b in float64."""
 
     def reduce(cell: slice) -> list[Tensor]:
-        a, b = block.base[cell].double(), block.tuned[0, cell].double()
+        a, b = exact(block.base[cell]), exact(block.tuned[0, cell])
         return [(a * a).sum(), (b * b).sum(), (a * b).sum()]
 
     return by_cell(block.n, reduce)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from mergekit_ft.methods.dare_linear import DareLinear
 from torch import Tensor
 
 from mergekit_ft.contract import CELL, NOWHERE
+from mergekit_ft.methods.dare_linear import DareLinear
 from tests.merging import Case, vectors
 
 N = 200_000

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from mergekit_ft.methods.dare_linear import DareLinear
-from mergekit_ft.methods.dare_ties import DareTies
 
 from mergekit_ft.contract import CELL, NOWHERE
+from mergekit_ft.methods.dare_linear import DareLinear
+from mergekit_ft.methods.dare_ties import DareTies
 from tests.merging import Case, vectors
 
 N = 100_000

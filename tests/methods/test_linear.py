@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mergekit_ft.methods.linear import Linear
 from pydantic import ValidationError
 
 from mergekit_ft.contract import CELL, NOWHERE
+from mergekit_ft.methods.linear import Linear
 from tests.merging import Case, vectors
 
 NO_BASE: list[float] = []

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from mergekit_ft.methods.lines import Lines
 from pydantic import ValidationError
 
 import mergekit_ft
 from mergekit_ft.contract import CELL
 from mergekit_ft.errors import MergekitError
 from mergekit_ft.layers import places
+from mergekit_ft.methods.lines import Lines
 from tests.checkpoints import write_checkpoint
 from tests.merging import Case, vectors
 

@@ -6,9 +6,9 @@ from math import cos, radians, sin, sqrt
 
 import pytest
 import torch
-from mergekit_ft.methods.slerp import Slerp
 
 from mergekit_ft.contract import CELL, NOWHERE
+from mergekit_ft.methods.slerp import Slerp
 from tests.merging import Case, vectors
 
 

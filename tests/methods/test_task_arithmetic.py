@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mergekit_ft.methods.task_arithmetic import TaskArithmetic
 
 from mergekit_ft.contract import CELL, NOWHERE
+from mergekit_ft.methods.task_arithmetic import TaskArithmetic
 from tests.merging import Case, vectors
 
 BASE = [10.0, 20.0]

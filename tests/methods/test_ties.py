@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from mergekit_ft.methods.ties import Ties
 from pydantic import ValidationError
 
 import mergekit_ft
 from mergekit_ft.contract import CELL, NOWHERE
+from mergekit_ft.methods.ties import Ties
 from tests.checkpoints import write_checkpoint
 from tests.merging import Case, vectors
 
