@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def load(plan: PlanLike, *, model_class: Any = None, **options: Any) -> Any:
     import transformers
 
     with open_plan(plan, **options) as tensors:
-        folder = tensors.resolution.donor.folder or ""
+        folder = Path(tensors.resolution.donor.folder or "")
         settings = transformers.AutoConfig.from_pretrained(folder)
         named = (settings.architectures or [""])[0]
         chosen = model_class or getattr(transformers, named, None)
@@ -42,7 +43,10 @@ def load(plan: PlanLike, *, model_class: Any = None, **options: Any) -> Any:
             )
         state = dict(tensors.items())
         dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
-        return chosen.from_pretrained(None, config=settings, state_dict=state, dtype=dtype)
+        model = chosen.from_pretrained(None, config=settings, state_dict=state, dtype=dtype)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        return model
 
 
 class MergedTensors(Mapping[str, Tensor]):

@@ -76,10 +76,15 @@ def _device(name: str) -> torch.device:
         name = "mps" if best == "cpu" and torch.backends.mps.is_available() else best
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise OperatorError(f"no device is called {name!r}; use cpu, cuda, cuda:N or mps")
+    on = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device.type in on and not on[device.type]():
         raise OperatorError(
-            f"no device is called {name!r}; use cpu, cuda, cuda:N or mps"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OperatorError(f"{name}: torch sees no CUDA device here; use --device cpu")
+            f"{name}: torch sees no {device.type.upper()} device here; use --device cpu"
+        )
+    if device.type == "cuda" and device.index and device.index >= torch.cuda.device_count():
+        raise OperatorError(f"{name}: torch sees CUDA devices 0 to {torch.cuda.device_count() - 1}")
     return device

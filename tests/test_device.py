@@ -52,7 +52,6 @@ def test_cuda_where_there_is_none_is_refused_before_any_byte(
     assert refused(device) == said
 
 
-@pytest.mark.xfail(strict=True, reason="only cuda is looked for before the merge begins")
 @pytest.mark.parametrize("device", ["mps", "meta", "xpu"])
 def test_what_else_torch_knows_is_refused_before_any_byte(
     device: str, monkeypatch: pytest.MonkeyPatch
@@ -61,7 +60,6 @@ def test_what_else_torch_knows_is_refused_before_any_byte(
     assert device in refused(device)
 
 
-@pytest.mark.xfail(strict=True, reason="a CUDA device is not counted")
 def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -87,7 +87,6 @@ def test_a_loaded_model_answers_like_the_one_on_disk(maker: Maker, options: dict
     )
 
 
-@pytest.mark.xfail(strict=True, reason="load leaves generation_config.json aside")
 def test_a_loaded_model_stops_where_the_one_on_disk_does() -> None:
     make(tiny_llama)
     Path("base/generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
