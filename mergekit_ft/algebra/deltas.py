@@ -23,6 +23,20 @@ def add_base(base: Tensor, delta: Tensor) -> Tensor:
     return torch.sub(base, delta, out=delta)
 
 
+def subtract_weighted(base: Tensor, differences: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return base - sum of weights[i] * differences[i], in the memory of base.
+
+    Where every difference is +0 base's own bits come out, -0 included: what is taken away is +0,
+    because for a negative weight both it and the difference change sign first.
+    """
+    for difference, weight in zip(differences, weights, strict=True):
+        if weight < 0.0:
+            torch.sub(torch.zeros_like(difference[:1]), difference, out=difference)
+        if weight != 0.0:
+            torch.sub(base, difference, alpha=abs(weight), out=base)
+    return base
+
+
 def weighted_sum(rows: Tensor, weights: Sequence[float]) -> Tensor:
     """Return the (n,) sum of weights[i] * rows[i] in the memory of the first row."""
     total = rows[0].mul_(weights[0])

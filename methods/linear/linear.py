@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from mergekit_ft.algebra.deltas import add_base, subtract_base, weighted_sum
+from mergekit_ft.algebra.deltas import subtract_weighted, weighted_sum
 from mergekit_ft.contract import About, Base, Block, Operator, Place, per_model, shared
 
 
@@ -47,11 +48,9 @@ class Linear(Operator):
         if not self.normalize:
             return weighted_sum(block.tuned, self.weight)
         first, others = block.tuned[0], block.tuned[1:]
-        if not len(others):
-            return first
         total = sum(self.weight)
         shares = [weight / total for weight in self.weight[1:]]
-        return add_base(first, weighted_sum(subtract_base(others, first), shares))
+        return subtract_weighted(first, torch.sub(first, others, out=others), shares)
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> Tensor:
         """Return the average in float64."""
