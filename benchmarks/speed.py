@@ -85,17 +85,22 @@ def _against_copying(method: str, models: list[Path], folder: Path, pairs: int) 
     plan, inputs = _plan(method, models, folder), _inputs(method, models)
     out, copied = folder / "out", folder / "copied"
 
-    def ours() -> None:
-        merge(plan, out, overwrite=True)
+    def ours() -> float:
+        shutil.rmtree(out, ignore_errors=True)
+        return _seconds(lambda: merge(plan, out))
 
-    def floor() -> None:
+    def floor() -> float:
+        copied.unlink(missing_ok=True)
+        return _seconds(copy)
+
+    def copy() -> None:
         subprocess.run(["cat", *map(str, inputs)], stdout=subprocess.DEVNULL, check=True)
         subprocess.run(["cp", str(inputs[0]), str(copied)], check=True)
 
     floor()
     shutil.rmtree(Path(os.environ["MERGEKIT_FT_CACHE"]), ignore_errors=True)
-    first = _seconds(ours) / _seconds(floor)
-    warm = [_seconds(ours) / _seconds(floor) for _ in range(pairs)]
+    first = ours() / floor()
+    warm = [ours() / floor() for _ in range(pairs)]
     print(
         f"{method:16s} {statistics.median(warm):5.2f} x copying "
         f"(min {min(warm):.2f}, max {max(warm):.2f}; bar {BARS[method]}; "

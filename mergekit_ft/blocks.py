@@ -202,7 +202,6 @@ class _Shift:
         self.ready: list[tuple[int, int, Piece]] = []
         self.open: dict[int, tuple[Job, int]] = {}  # jobs under way, and pieces they wait for
         self.started = 0
-        self.exhausted = False
         self.error: BaseException | None = None
 
     def work(self) -> None:
@@ -212,12 +211,10 @@ class _Shift:
             station = Station(self.device)
             while (taken := self._take()) is not None:
                 number, piece = taken
-                if station.stream is None:
-                    piece(station)
-                else:
-                    with torch.cuda.stream(station.stream):
-                        piece(station)
-                self._finish(number)
+                if piece is not None:
+                    self._carry_out(piece, station)
+                if piece is None or self._was_last(number):
+                    self._advance(number)
         except BaseException as error:
             self.stop(error)
 
@@ -227,44 +224,45 @@ class _Shift:
             self.error = self.error or error
             self.turn.notify_all()
 
-    def _take(self) -> tuple[int, Piece] | None:
+    def _carry_out(self, piece: Piece, station: Station) -> None:
+        if station.stream is None:
+            piece(station)
+        else:
+            with torch.cuda.stream(station.stream):
+                piece(station)
+
+    def _take(self) -> tuple[int, Piece | None] | None:
+        """Return the earliest piece with its job's number; a number alone is a job to begin."""
         with self.turn:
             while self.error is None:
                 if self.ready:
                     number, _, piece = heapq.heappop(self.ready)
                     return number, piece
-                if not self.exhausted:
-                    self._open_next()
-                elif not self.open:
+                if (job := next(self.jobs, None)) is not None:
+                    self.started += 1
+                    self.open[self.started] = (job, 0)
+                    return self.started, None
+                if not self.open:
                     return None
-                else:
-                    self.turn.wait()
+                self.turn.wait()
             return None
 
-    def _open_next(self) -> None:
-        job = next(self.jobs, None)
-        if job is None:
-            self.exhausted = True
-            self.turn.notify_all()
-            return
-        self.started += 1
-        self._push(self.started, job)
-
-    def _push(self, number: int, job: Job) -> None:
-        """Queue the next pieces of a job, or close it."""
-        for pieces in job:
-            if pieces:
-                self.open[number] = (job, len(pieces))
-                for order, piece in enumerate(pieces):
-                    heapq.heappush(self.ready, (number, order, piece))
-                self.turn.notify_all()
-                return
-        self.open.pop(number, None)
-        self.turn.notify_all()
-
-    def _finish(self, number: int) -> None:
+    def _was_last(self, number: int) -> bool:
+        """Say whether a job's pieces have all been carried out."""
         with self.turn:
             job, left = self.open[number]
             self.open[number] = (job, left - 1)
-            if left == 1:
-                self._push(number, job)
+            return left == 1
+
+    def _advance(self, number: int) -> None:
+        """Let a job go on, while the others work, and queue its next pieces, or close it."""
+        job, _ = self.open[number]
+        pieces = next((pieces for pieces in job if pieces), None)
+        with self.turn:
+            if pieces is None:
+                del self.open[number]
+            else:
+                self.open[number] = (job, len(pieces))
+                for order, piece in enumerate(pieces):
+                    heapq.heappush(self.ready, (number, order, piece))
+            self.turn.notify_all()

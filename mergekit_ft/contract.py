@@ -67,12 +67,15 @@ class Measure(NamedTuple):
 
     `of` maps a block to a tensor. A tally (`cells` false) is added up over the blocks, so it holds
     integers; otherwise it has one float64 row per cell, (cells, s), and the rows are kept in order.
-    `merged` asks for `Block.delta`, the delta that the operators before this one made.
+    `merged` asks for `Block.delta`, the delta that the operators before this one made. `host` turns
+    a block's rows, moved to host memory, into those that are kept; their number may depend on the
+    values.
     """
 
     of: Callable[[Block], Tensor]
     cells: bool = False
     merged: bool = False
+    host: Callable[[Block, Tensor], Tensor] | None = None
 
 
 Finding = Any  # what a survey found: numbers, tuples of numbers; JSON can hold it

@@ -43,6 +43,8 @@ class _Total:
     def add(self, order: int, block: Block) -> None:
         """Measure a block and add what it gives."""
         part = self.measure.of(block).cpu()
+        if self.measure.host is not None:
+            part = self.measure.host(block, part)
         with self._lock:
             if self.measure.cells:
                 self._rows[order, block.start] = part

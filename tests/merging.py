@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from mergekit_ft.algebra.deltas import add_base
-from mergekit_ft.contract import CELL, NOWHERE, About, Block, Finding, Operator, Place, Survey
+from mergekit_ft.contract import (
+    CELL,
+    NOWHERE,
+    About,
+    Block,
+    Finding,
+    Measure,
+    Operator,
+    Place,
+    Survey,
+)
 
 torch.set_num_threads(1)  # as in the engine's workers; more only wait for each other here
 
@@ -81,11 +91,17 @@ def found(survey: Survey, blocks: Callable[[], Iterable[Block]]) -> Finding:
         while True:
             totals = []
             for measure in measures:
-                parts = [measure.of(block) for block in blocks()]
+                parts = [part_of(measure, block) for block in blocks()]
                 totals.append(torch.cat(parts) if measure.cells else torch.stack(parts).sum(0))
             measures = survey.send(tuple(totals))
     except StopIteration as stop:
         return stop.value
+
+
+def part_of(measure: Measure, block: Block) -> Tensor:
+    """Return what a block adds to a measure."""
+    part = measure.of(block)
+    return part if measure.host is None else measure.host(block, part)
 
 
 def vectors(k: int, n: int, seed: int = 0, **like: Any) -> list[Tensor]:

@@ -1,28 +1,33 @@
-"""The k largest magnitudes of a vector too long to hold: found by counting, never by sorting.
+"""The k largest magnitudes of a vector too long to hold, found without sorting it.
 
-The bits of a non-negative float, read as an integer, order as the float does. Two passes (four in
-float64) count the bits into 65,536 bins, each within the bin that holds the k-th; a last one
-counts, cell by cell, the elements that equal it, so that of equal ones the lowest indices are kept.
+Mostly a bracket finds the k-th (`bracket.py`). Where it does not, counting does, whatever the
+values: the bits of a non-negative float, read as an integer, order as the float does. Two passes
+(four in float64) count the bits into 65,536 bins, each within the bin that holds the k-th; a last
+one counts, cell by cell, the elements that equal it. Of equal ones the lowest indices are kept.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mergekit_ft.algebra import bracket
+from mergekit_ft.algebra.bracket import Deltas
 from mergekit_ft.algebra.cells import by_cell, exact
 from mergekit_ft.contract import CELL, Block, Measure
 
 DIGIT = 16  # bits that one pass settles
 EVERY_CELL = 2**62
-ROWS = 6  # of scratch: deltas, magnitudes, and two of 64-bit integers
 
-Deltas = Callable[[Block, int], Tensor]  # (block, model) -> (n,) values, in the first scratch row
+
+def scratch(k: int) -> int:
+    """Return the rows that a selection takes: deltas and magnitudes, and 64-bit integers."""
+    return max(6, 1 + k)
 
 
 class Cut(NamedTuple):
@@ -34,7 +39,8 @@ class Cut(NamedTuple):
     quota: int  # how many are kept in this cell
 
 
-Selection = Generator[tuple[Measure, ...], tuple[Tensor, ...], list["Cut | None"]]
+Selection = Generator[tuple[Measure, ...], tuple[Tensor, ...], list[Cut | None]]
+Counting = Generator[tuple[Measure, ...], tuple[Tensor, ...], dict[int, Cut]]
 
 
 def count_for(density: float, numel: int) -> int | None:
@@ -42,24 +48,38 @@ def count_for(density: float, numel: int) -> int | None:
     return None if density in (0.0, 1.0) else max(1, math.trunc(density * numel))
 
 
-def largest(counts: Sequence[int | None], deltas: Deltas, bits: int) -> Selection:
+def largest(counts: Sequence[int | None], deltas: Deltas, bits: int, numel: int) -> Selection:
     """Find the cut of each model's counts[i] largest magnitudes; no cut where that is None."""
-    chosen = [i for i, count in enumerate(counts) if count is not None]
-    if not chosen:
-        return [None] * len(counts)
-    ranks = [int(counts[i] or 0) for i in chosen]
+    ranks = {i: count for i, count in enumerate(counts) if count is not None}
+    cuts: list[Cut | None] = [None] * len(counts)
+    if not ranks:
+        return cuts
+    found = yield from bracket.find(ranks, deltas, numel)
+    for i, (threshold, cell, quota) in found.items():
+        cuts[i] = _cut(threshold, bits, EVERY_CELL if cell is None else cell, quota)
+    rest = {i: rank for i, rank in ranks.items() if i not in found}
+    if rest:
+        counted = yield from _by_counting(rest, deltas, bits)
+        for i, cut in counted.items():
+            cuts[i] = cut
+    return cuts
+
+
+def _by_counting(ranks: dict[int, int], deltas: Deltas, bits: int) -> Counting:
+    """Find cuts by counting digits of the magnitudes' bits, whatever the values are."""
+    chosen, left = list(ranks), list(ranks.values())
     floors = [0] * len(chosen)
     for shift in range(bits - DIGIT, -1, -DIGIT):
         (bins,) = yield (_histograms(chosen, list(floors), deltas, shift),)
         for row, counted in enumerate(bins):
-            digit, ranks[row] = _digit_of_rank(counted, ranks[row])
+            digit, left[row] = _digit_of_rank(counted, left[row])
             floors[row] += digit << shift
-    (equal,) = yield (_equals(chosen, [_as_float(floor, bits) for floor in floors], deltas),)
-    cuts: list[Cut | None] = [None] * len(counts)
-    for row, i in enumerate(chosen):
-        threshold, below = _as_float(floors[row], bits), _as_float(floors[row] - 1, bits)
-        cuts[i] = Cut(threshold, below, *_last_equal(equal[:, row], ranks[row]))
-    return cuts
+    thresholds = [_as_float(floor, bits) for floor in floors]
+    (equal,) = yield (_equals(chosen, thresholds, deltas),)
+    return {
+        i: _cut(thresholds[row], bits, *_last_equal(equal[:, row], left[row]))
+        for row, i in enumerate(chosen)
+    }
 
 
 def keep(values: Tensor, cut: Cut, first_cell: int) -> Tensor:
@@ -139,6 +159,13 @@ def _last_equal(per_cell: Tensor, quota: int) -> tuple[int, int]:
         return EVERY_CELL, 0
     cell = int((running < quota).sum())
     return cell, quota - int(running[cell]) + int(per_cell[cell])
+
+
+def _cut(threshold: float, bits: int, cell: int, quota: int) -> Cut:
+    """Return a cut at a threshold."""
+    integer, real = ("<i", "<f") if bits == 32 else ("<q", "<d")
+    (pattern,) = struct.unpack(integer, struct.pack(real, threshold))
+    return Cut(threshold, _as_float(pattern - 1, bits), cell, quota)
 
 
 def _as_float(pattern: int, bits: int) -> float:

@@ -53,7 +53,7 @@ class Ties(Operator):
 
     def scratch(self, k: int) -> int:
         """Return the rows that selection and election need."""
-        return max(selection.ROWS, signs.ROWS)
+        return max(selection.scratch(k), signs.ROWS)
 
     def copies(self, k: int, name: str, place: Place) -> int | None:
         """Return the one model that is heard, where it is not trimmed and its factor is 1."""
@@ -67,7 +67,7 @@ class Ties(Operator):
         if all(share == 1.0 for share in self.density):
             return None
         counts = [selection.count_for(share, about.numel) for share in self.density]
-        cuts = yield from selection.largest(counts, _delta, about.bits)
+        cuts = yield from selection.largest(counts, _delta, about.bits, about.numel)
         factors = [1.0] * k
         if self.rescale:
             (rows,) = yield (Measure(lambda block: self._norms(block, cuts), cells=True),)
@@ -81,9 +81,10 @@ class Ties(Operator):
         if finding is not None:
             for delta, cut, factor, share in zip(deltas, *finding, self.density, strict=True):
                 _trim(delta, cut, block.first_cell, share)
-                delta.mul_(factor)
+                if factor != 1.0:
+                    delta.mul_(factor)
         mix = signs.disjoint_merge(deltas, self.weight, self.normalize, block.scratch)
-        return mix.mul_(self.lambda_)
+        return mix if self.lambda_ == 1.0 else mix.mul_(self.lambda_)
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> Tensor:
         """Return the merged delta in float64; sorts, where `merge` counts."""

@@ -1,0 +1,138 @@
+"""The k-th largest magnitude by sample, bracket and collect (after Floyd and Rivest 1975).
+
+A sample says between which two values the k-th largest almost surely lies. One pass counts what is
+above them and collects what is between. Where the k-th is not there after all, or too many equal
+values are, nothing is found, and counting bits must do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergekit_ft.contract import CELL, Block, Measure
+
+MOST = 2**26  # elements beyond which too many would be collected
+SAMPLE = 2**17  # elements sampled, where the stride between them is neither of
+CLOSEST, SPARSEST = 16, 512
+ABOVE, WITHIN = -1, -2  # in place of an index: counts
+SIGMAS = 3.0  # of the sample's rank, on either side
+ROOM = 4.0  # margins; two are expected, the rest is for equals and for uneven blocks
+
+Row = np.ndarray[Any, np.dtype[Any]]
+Deltas = Callable[[Block, int], Tensor]  # (block, model) -> (n,) values, in the first scratch row
+
+
+class Place(NamedTuple):
+    """The k-th largest magnitude, and where the last of its equals is that is kept."""
+
+    threshold: float
+    cell: int | None  # None: all equals are kept
+    quota: int  # how many are kept in that cell
+
+
+class Bracket(NamedTuple):
+    """An open interval of magnitudes, and the share of a block that may lie in it."""
+
+    low: float = -1.0
+    high: float = math.inf
+    room: float = 1.0
+
+
+Found = Generator[tuple[Measure, ...], tuple[Tensor, ...], dict[int, Place]]
+
+
+def find(ranks: dict[int, int], deltas: Deltas, numel: int) -> Found:
+    """Return, by model, the place of the rank-th largest magnitude where a bracket finds it."""
+    if numel > MOST:
+        return {}
+    brackets = dict.fromkeys(ranks, Bracket())
+    if numel > CELL:
+        stride = min(max(numel // SAMPLE, CLOSEST), SPARSEST) | 1
+        (sample,) = yield (_sample(list(ranks), deltas, stride),)
+        for column, (i, rank) in enumerate(ranks.items()):
+            brackets[i] = _bracket(sample[:, column], rank / numel)
+    (rows,) = yield (_collect(brackets, deltas),)
+    places = {i: _placed(rows[rows[:, 0] == i, 1:], rank) for i, rank in ranks.items()}
+    return {i: place for i, place in places.items() if place is not None}
+
+
+def _sample(models: list[int], deltas: Deltas, stride: int) -> Measure:
+    """Collect every stride-th magnitude of each model: (m, k)."""
+
+    def sample(block: Block) -> Tensor:
+        first = -block.start % stride
+        return torch.stack([deltas(block, i)[first::stride].abs() for i in models], dim=1)
+
+    return Measure(sample, cells=True)
+
+
+def _bracket(sample: Tensor, share: float) -> Bracket:
+    """Return the interval that holds the magnitude above which lies this share of all."""
+    m = sample.numel()
+    margin = SIGMAS * math.sqrt(m * share * (1.0 - share)) + 2.0
+    upper, lower = math.floor(share * m - margin), math.ceil(share * m + margin)
+    towards = torch.tensor([-1.0, math.inf], dtype=sample.dtype)
+    low = _largest(sample, lower).nextafter(towards[0]) if lower <= m else towards[0]
+    high = _largest(sample, upper).nextafter(towards[1]) if upper >= 1 else towards[1]
+    return Bracket(float(low), float(high), min(1.0, ROOM * margin / m))
+
+
+def _largest(values: Tensor, rank: int) -> Tensor:
+    """Return the rank-th largest, from 1; numpy partitions where torch would sort."""
+    place = values.numel() - rank
+    return torch.from_numpy(np.partition(values.numpy(), place))[place]
+
+
+def _collect(brackets: dict[int, Bracket], deltas: Deltas) -> Measure:
+    """Collect the magnitudes within each model's bracket: (m, 3) model, magnitude, index.
+
+    Two rows of every block and model are counts. The device makes the magnitudes; numpy, which
+    finds few among many much faster than torch, looks through them in host memory.
+    """
+
+    def magnitudes(block: Block) -> Tensor:
+        rows = block.scratch[1 : 1 + len(brackets)]
+        for row, i in zip(rows, brackets, strict=True):
+            torch.abs(deltas(block, i), out=row)
+        return rows
+
+    def collect(block: Block, rows: Tensor) -> Tensor:
+        found = [
+            _within(row.numpy(), bracket, block.first_cell * CELL, i)
+            for row, (i, bracket) in zip(rows, brackets.items(), strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(found))
+
+    return Measure(magnitudes, cells=True, host=collect)
+
+
+def _within(row: Row, bracket: Bracket, start: int, i: int) -> Row:
+    """Return (m, 3) float64: counts, then the magnitudes in the bracket if they are few."""
+    above, inside = row >= bracket.high, row > bracket.low
+    inside ^= above
+    counts = [[i, np.count_nonzero(above), ABOVE], [i, np.count_nonzero(inside), WITHIN]]
+    few = counts[1][1] <= bracket.room * len(row)
+    index = np.flatnonzero(inside) if few else np.empty(0, dtype=np.int64)
+    elements = np.stack([np.full(len(index), i), row[index], index + start], axis=1)
+    return np.concatenate([np.array(counts, dtype=np.float64), elements])
+
+
+def _placed(rows: Tensor, rank: int) -> Place | None:
+    """Return the rank-th largest magnitude, and the last of its equals kept, if it is there."""
+    above, within = (int(rows[rows[:, 1] == mark, 0].sum()) for mark in (ABOVE, WITHIN))
+    values, index = rows[rows[:, 1] >= 0].unbind(1)
+    if len(values) < within or not above < rank <= above + within:
+        return None
+    threshold = _largest(values, rank - above)
+    equals = index[values == threshold]
+    kept = rank - above - int((values > threshold).sum())
+    if kept == len(equals):
+        return Place(float(threshold), None, 0)
+    cells = equals[:kept].div(CELL).long()
+    return Place(float(threshold), int(cells[-1]), int((cells == cells[-1]).sum()))
