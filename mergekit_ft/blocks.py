@@ -132,7 +132,8 @@ def load(station: Station, task: Task, span: Span) -> Block:
     rows = station.carve(rows_of(task), span.n, dtype)
     for which, ref in enumerate((task.base, *task.tuned)):
         if ref is not None:
-            ref.source.will_need(ref.name, *_ahead(ref, span))
+            if span.start % (AHEAD * span.n) == 0:
+                ref.source.will_need(ref.name, *_ahead(ref, span))
             raw = station.read(ref, span, min(which, 1))
             rows[which].copy_(raw, non_blocking=station.device.type == "cuda")
             if which and station.device.type == "cuda":
@@ -151,9 +152,9 @@ def load(station: Station, task: Task, span: Span) -> Block:
 
 
 def _ahead(ref: Ref, span: Span) -> tuple[int, int]:
-    """Return the bytes, from and count, that will be read some blocks later."""
-    step = span.n * SIZE[ref.info.dtype]
-    start = min((span.start * SIZE[ref.info.dtype]) + AHEAD * step, ref.info.nbytes)
+    """Return the bytes, from and count, of the blocks after the next few."""
+    step = AHEAD * span.n * SIZE[ref.info.dtype]
+    start = min(span.start * SIZE[ref.info.dtype] + step, ref.info.nbytes)
     return start, min(step, ref.info.nbytes - start)
 
 

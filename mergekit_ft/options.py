@@ -80,8 +80,8 @@ def _device(name: str) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda", "mps"):
         raise OperatorError(f"no device is called {name!r}; use cpu, cuda, cuda:N or mps")
-    on = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if device.type in on and not on[device.type]():
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, True):
         raise OperatorError(
             f"{name}: torch sees no {device.type.upper()} device here; use --device cpu"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergekit_ft.algebra import cells, deltas, randomness, selection, signs, spheres
+from mergekit_ft.algebra import bracket, cells, deltas, randomness, selection, signs, spheres
 from mergekit_ft.contract import CELL, Block
 from mergekit_ft.layers import Place
 from tests.merging import found, vectors
@@ -24,7 +25,7 @@ def blocks(rows: Tensor, size: int, first_cell: int = 0) -> Iterator[Block]:
     for start in range(0, rows.shape[1], size):
         part = rows[:, start : start + size].clone()
         n = part.shape[1]
-        scratch = torch.full((selection.ROWS, n), torch.nan, dtype=rows.dtype)
+        scratch = torch.full((selection.scratch(len(rows)), n), torch.nan, dtype=rows.dtype)
         base, cell = torch.zeros(n, dtype=rows.dtype), first_cell + start // CELL
         yield Block("w", (rows.shape[1],), start, base, part, "ab", Place(), cell, scratch)
 
@@ -34,9 +35,22 @@ def take(block: Block, i: int) -> Tensor:
 
 
 def kept(rows: Tensor, counts: Sequence[int | None], size: int = CELL) -> Tensor:
-    """Return (k, n) what selection keeps, in blocks of `size`."""
+    """Return (k, n) what selection keeps, in blocks of `size`: by a bracket as by counting."""
+    by_bracket, by_counting = cuts_of(rows, counts, size), cuts_of(rows, counts, size, most=0)
+    assert by_bracket == by_counting
+    return keeping(rows, by_bracket, size)
+
+
+def cuts_of(
+    rows: Tensor, counts: Sequence[int | None], size: int = CELL, most: int = bracket.MOST
+) -> list[selection.Cut | None]:
     bits = 32 if rows.dtype == torch.float32 else 64
-    cuts = found(selection.largest(counts, take, bits), lambda: blocks(rows, size))
+    with mock.patch.object(bracket, "MOST", most):
+        survey = selection.largest(counts, take, bits, rows.shape[1])
+        return found(survey, lambda: blocks(rows, size))
+
+
+def keeping(rows: Tensor, cuts: Sequence[selection.Cut | None], size: int) -> Tensor:
     parts = []
     for block in blocks(rows, size):
         for row, cut in zip(block.tuned, cuts, strict=True):
@@ -95,7 +109,7 @@ def test_each_model_is_cut_at_its_own_count() -> None:
 
 
 def test_a_selection_of_all_or_none_takes_no_pass() -> None:
-    assert list(selection.largest([None, None], take, 32)) == []
+    assert list(selection.largest([None, None], take, 32, 3)) == []
 
 
 def test_selection_within_a_model_counts_cells_over_all_its_tensors() -> None:
@@ -107,7 +121,7 @@ def test_selection_within_a_model_counts_cells_over_all_its_tensors() -> None:
         yield from blocks(second, CELL, first_cell=1)
 
     for count, expected in ((2, [[1, 1, 0], [0, 0, 0]]), (4, [[1, 1, 1], [1, 0, 0]])):
-        (cut,) = found(selection.largest([count], take, 32), stream)
+        (cut,) = found(selection.largest([count], take, 32, 6), stream)
         parts = [selection.keep(b.tuned[0], cut, b.first_cell).tolist() for b in stream()]
         assert parts == expected
 
@@ -120,6 +134,39 @@ def test_a_density_is_cut_to_a_count_of_at_least_one(
     density: float, numel: int, count: int | None
 ) -> None:
     assert selection.count_for(density, numel) == count
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.2, 0.5, 0.999])
+def test_a_bracket_finds_the_threshold_of_ordinary_values_in_two_passes(share: float) -> None:
+    rows = torch.randn(1, 3 * CELL + 5, generator=torch.Generator().manual_seed(7))
+    rank = round(share * rows.shape[1])
+    survey = bracket.find({0: rank}, take, rows.shape[1])
+    passes = []
+    place = found(counted(survey, passes), lambda: blocks(rows, CELL))[0]
+    assert place.threshold == rows[0].abs().sort(descending=True).values[rank - 1]
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [1.0, 1.0], [2.0, 3.0, 3.0, 3.0]])
+def test_a_bracket_gives_up_where_equals_are_too_many_and_counting_does(
+    values: list[float],
+) -> None:
+    rows = torch.tensor(values).repeat(CELL)[None]
+    rank = rows.shape[1] // 2 + 3
+    assert found(bracket.find({0: rank}, take, rows.shape[1]), lambda: blocks(rows, CELL)) == {}
+    assert int((kept(rows, [rank]) != 0).sum()) == min(rank, int((rows != 0).sum()))
+
+
+def counted(survey: bracket.Found, passes: list[int]) -> bracket.Found:
+    """Pass a survey through and count its passes."""
+    totals = None
+    try:
+        while True:
+            measures = survey.send(totals) if passes else next(survey)
+            passes.append(len(measures))
+            totals = yield measures
+    except StopIteration as stop:
+        return stop.value
 
 
 # --- random masks -------------------------------------------------------------------------------

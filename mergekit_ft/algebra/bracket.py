@@ -116,8 +116,9 @@ def _within(row: Row, bracket: Bracket, start: int, i: int) -> Row:
     """Return (m, 3) float64: counts, then the magnitudes in the bracket if they are few."""
     above, inside = row >= bracket.high, row > bracket.low
     inside ^= above
-    counts = [[i, np.count_nonzero(above), ABOVE], [i, np.count_nonzero(inside), WITHIN]]
-    few = counts[1][1] <= bracket.room * len(row)
+    within = np.count_nonzero(inside)
+    counts = [[i, np.count_nonzero(above), ABOVE], [i, within, WITHIN]]
+    few = within <= bracket.room * len(row)
     index = np.flatnonzero(inside) if few else np.empty(0, dtype=np.int64)
     elements = np.stack([np.full(len(index), i), row[index], index + start], axis=1)
     return np.concatenate([np.array(counts, dtype=np.float64), elements])
