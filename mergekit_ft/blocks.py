@@ -187,7 +187,7 @@ class Crew:
             shift.stop(error)
             raise
         finally:
-            for worker in workers:
+            for worker in filter(threading.Thread.is_alive, workers):  # Ctrl-C can come between
                 worker.join()
             torch.set_num_threads(before)
         if shift.error is not None:

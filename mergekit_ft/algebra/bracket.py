@@ -65,11 +65,22 @@ def find(ranks: dict[int, int], deltas: Deltas, numel: int) -> Found:
 def _sample(models: list[int], deltas: Deltas, stride: int) -> Measure:
     """Collect every stride-th magnitude of each model: (m, k)."""
 
-    def sample(block: Block) -> Tensor:
-        first = -block.start % stride
-        return torch.stack([deltas(block, i)[first::stride].abs() for i in models], dim=1)
+    def sample(block: Block, rows: Tensor) -> Tensor:
+        return rows[:, -block.start % stride :: stride].T.clone()
 
-    return Measure(sample, cells=True)
+    return Measure(_magnitudes(models, deltas), cells=True, host=sample)
+
+
+def _magnitudes(models: list[int], deltas: Deltas) -> Callable[[Block], Tensor]:
+    """Return what turns a block into (k, n) magnitudes, in scratch."""
+
+    def magnitudes(block: Block) -> Tensor:
+        rows = block.scratch[1 : 1 + len(models)]
+        for row, i in zip(rows, models, strict=True):
+            torch.abs(deltas(block, i), out=row)
+        return rows
+
+    return magnitudes
 
 
 def _bracket(sample: Tensor, share: float) -> Bracket:
@@ -92,15 +103,9 @@ def _largest(values: Tensor, rank: int) -> Tensor:
 def _collect(brackets: dict[int, Bracket], deltas: Deltas) -> Measure:
     """Collect the magnitudes within each model's bracket: (m, 3) model, magnitude, index.
 
-    Two rows of every block and model are counts. The device makes the magnitudes; numpy, which
-    finds few among many much faster than torch, looks through them in host memory.
+    Two rows of every block and model are counts. The device makes the magnitudes, and numpy looks
+    through them in host memory: it finds few among many much faster than torch.
     """
-
-    def magnitudes(block: Block) -> Tensor:
-        rows = block.scratch[1 : 1 + len(brackets)]
-        for row, i in zip(rows, brackets, strict=True):
-            torch.abs(deltas(block, i), out=row)
-        return rows
 
     def collect(block: Block, rows: Tensor) -> Tensor:
         found = [
@@ -109,7 +114,7 @@ def _collect(brackets: dict[int, Bracket], deltas: Deltas) -> Measure:
         ]
         return torch.from_numpy(np.concatenate(found))
 
-    return Measure(magnitudes, cells=True, host=collect)
+    return Measure(_magnitudes(list(brackets), deltas), cells=True, host=collect)
 
 
 def _within(row: Row, bracket: Bracket, start: int, i: int) -> Row:
