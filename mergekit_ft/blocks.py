@@ -53,20 +53,25 @@ def whole(task: Task) -> bool:
     return any(op.grain is Grain.TENSOR for op in (task.operator, *task.then) if op is not None)
 
 
+def least_bytes(task: Task) -> int:
+    """Return the memory that one worker needs for this task: a cell, or all of it if it must."""
+    return block_bytes(task, task.numel if whole(task) else min(task.numel, CELL))
+
+
 def block_size(tasks: Sequence[Task], memory: int, threads: int) -> int:
     """Return the elements of a block, whole cells, so that all workers stay within the budget."""
-    widest = max(tasks, key=lambda task: block_bytes(task, CELL), default=None)
-    if widest is None:
+    if not tasks:
         return USUAL
-    cells = memory // (threads * block_bytes(widest, CELL))
-    if cells < 1:
-        need = threads * block_bytes(widest, CELL)
+    hungriest = max(tasks, key=least_bytes)
+    need = threads * least_bytes(hungriest)
+    if need > memory:
         raise OperatorError(
-            f"{widest.name}: {threads} threads over {len(widest.tuned)} models need at least "
-            f"{need:,} bytes of memory, more than the {memory:,} given; raise --memory or lower "
-            "--threads"
+            f"{hungriest.name}: {threads} threads over {len(hungriest.tuned)} models need at "
+            f"least {need:,} bytes of memory, more than the {memory:,} given; raise --memory or "
+            "lower --threads"
         )
-    return min(USUAL, cells * CELL)
+    widest = max(block_bytes(task, CELL) for task in tasks)
+    return min(USUAL, max(1, memory // (threads * widest)) * CELL)
 
 
 def cut(task: Task, size: int) -> Iterator[Span]:

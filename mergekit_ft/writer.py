@@ -16,9 +16,9 @@ from typing import Any
 from mergekit_ft.errors import WriteError
 from mergekit_ft.journal import Journal, refuse_if_held
 from mergekit_ft.sources.dtypes import SIZE
+from mergekit_ft.sources.sides import RECEIPT
 
 JOURNAL = "mergekit_ft.journal.jsonl"  # a name that no side file of a base has
-RECEIPT = "mergekit_ft.lock.json"
 BATCH = 256 << 20  # bytes between two entries of the journal
 SPARE = 16 << 20  # bytes of disk left for side files, the index and the lock
 

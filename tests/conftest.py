@@ -25,5 +25,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if config.getoption(f"--run-{mark}"):
             continue
         for item in items:
-            if mark in item.keywords:
+            if item.get_closest_marker(mark) is not None:
                 item.add_marker(pytest.mark.skip(reason=f"needs --run-{mark}"))

@@ -187,7 +187,8 @@ def test_side_files_are_all_that_is_not_weights(tmp_path: Path) -> None:
         "tokenizer.json",
     ]
     assert [path.as_posix() for path in source.code_files()] == ["modeling_own.py"]
-    assert source.unread == ("adapter_model.safetensors", "optimizer.pt", "pytorch_model.bin")
+    others = ("adapter_model.safetensors", "model.gguf", "optimizer.pt", "pytorch_model.bin")
+    assert source.unread == others
 
 
 def test_a_fingerprint_changes_with_the_file(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from mergekit_ft import engine, writer
 from mergekit_ft.checkpoint import sides
 from mergekit_ft.errors import OperatorError, WriteError
-from mergekit_ft.writer import JOURNAL, RECEIPT, Writer
+from mergekit_ft.sources.sides import RECEIPT
+from mergekit_ft.writer import JOURNAL, Writer
 from tests.checkpoints import write_checkpoint
 from tests.small_models import CONFIG, NAMES, arithmetic, cli, hashes, three, weights
 

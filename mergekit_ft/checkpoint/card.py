@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mergekit_ft import registry
-from mergekit_ft.writer import RECEIPT
+from mergekit_ft.sources.sides import RECEIPT
 
 if TYPE_CHECKING:
     from mergekit_ft.plan import ModelReference

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_ft import __version__
 from mergekit_ft.errors import SourceError
-from mergekit_ft.writer import RECEIPT
+from mergekit_ft.sources.sides import RECEIPT
 
 if TYPE_CHECKING:
     from mergekit_ft.resolution import Resolution

@@ -13,8 +13,7 @@ from mergekit_ft.checkpoint import lock
 from mergekit_ft.errors import MergekitError, SourceError
 from mergekit_ft.inspection.tables import count, size
 from mergekit_ft.sources import open_source
-from mergekit_ft.sources.sides import walk
-from mergekit_ft.writer import RECEIPT
+from mergekit_ft.sources.sides import RECEIPT, walk
 
 if TYPE_CHECKING:
     from mergekit_ft.inspection.recompute import Comparison

@@ -21,7 +21,7 @@ from mergekit_ft.sources.layout import (
     weight_names,
 )
 from mergekit_ft.sources.refusals import refuse_no_weights, refuse_quantised
-from mergekit_ft.sources.sides import side_files, walk
+from mergekit_ft.sources.sides import WEIGHTS, side_files, walk
 from mergekit_ft.sources.source import Around, Source
 
 
@@ -77,10 +77,10 @@ def choose(names: Collection[str], fetch: Fetch, where: str, allow_pickle: bool)
 
 
 def unread(names: Collection[str], layout: Layout) -> tuple[str, ...]:
-    """Return the weight files beside the chosen ones, adapters and optimizer states among them."""
-    endings = SAFE.suffixes + PICKLE.suffixes
-    held = {name for name in names if name.endswith(endings) and "/" not in name}
-    return tuple(sorted(held.difference(layout.files)))
+    """Return the weight files beside the chosen ones, in whatever format."""
+    held = {name for name in names if name.endswith(WEIGHTS) and "/" not in name}
+    indices = {name for name in held if name.endswith(".index.json")}
+    return tuple(sorted(held - indices - set(layout.files)))
 
 
 def _opened(

@@ -32,6 +32,7 @@ WEIGHTS = (  # endings of weights, in whatever format
 NOT_OURS = re.compile(  # of other tools, other checkpoints, other runs
     r"(^|/)(\.git|\.cache|\.ipynb_checkpoints|__pycache__|checkpoint-\d+)/|(^|/)\.DS_Store$"
 )
+RECEIPT = "mergekit_ft.lock.json"  # of a folder that a merge made
 ADAPTER = re.compile(r"adapter_config\.json|adapter_model\.\w+")  # weights of another model
 
 
@@ -63,10 +64,17 @@ def module_folders(names: Collection[str], fetch: Callable[[str], bytes]) -> tup
 
 
 def walk(folder: Path) -> tuple[str, ...]:
-    """Return every file below a folder, relative, with forward slashes."""
-    found = []
-    for root, below, files in os.walk(folder):
+    """Return every file below a folder, relative, with forward slashes; links are followed once.
+
+    Folders that are a merge of ours are left out: they are other checkpoints.
+    """
+    found, seen = [], set()
+    for root, below, files in os.walk(folder, followlinks=True):
+        base, real = Path(root).relative_to(folder), os.path.realpath(root)
+        if real in seen or (RECEIPT in files and base.parts):
+            below[:] = []
+            continue
+        seen.add(real)
         below[:] = [name for name in below if name not in (".git", ".cache", "__pycache__")]
-        base = Path(root).relative_to(folder)
         found += [(base / name).as_posix() for name in files]
     return tuple(sorted(found))
