@@ -121,10 +121,14 @@ def _start_up() -> None:
 def _against_peer(method: str, models: list[Path], folder: Path, peer: str) -> None:
     """Print how many times longer mergekit takes, as a process and beyond its start."""
     plan, out = _plan(method, models, folder), folder / "out"
-    command = [sys.executable, "-m", "mergekit_ft", "merge", str(plan), str(out), "--overwrite"]
-    ours = _seconds(lambda: subprocess.run([*command, "--quiet"], check=True))
-    inner = _seconds(lambda: merge(plan, out, overwrite=True))
-    shutil.rmtree(out)
+    command = [sys.executable, "-m", "mergekit_ft", "merge", str(plan), str(out)]
+    whole_runs, inner_runs = [], []
+    for _ in range(3):
+        whole_runs.append(_seconds(lambda: subprocess.run([*command, "--quiet"], check=True)))
+        shutil.rmtree(out)
+        inner_runs.append(_seconds(lambda: merge(plan, out)))
+        shutil.rmtree(out)
+    ours, inner = statistics.median(whole_runs), statistics.median(inner_runs)
     script = folder / "peer.py"
     script.write_text(PEER_TIMER)
     began = time.perf_counter()

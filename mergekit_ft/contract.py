@@ -69,13 +69,14 @@ class Measure(NamedTuple):
     integers; otherwise it has one float64 row per cell, (cells, s), and the rows are kept in order.
     `merged` asks for `Block.delta`, the delta that the operators before this one made. `host` turns
     a block's rows, moved to host memory, into those that are kept; their number may depend on the
-    values.
+    values. `every` n takes only each n-th block, for a sample.
     """
 
     of: Callable[[Block], Tensor]
     cells: bool = False
     merged: bool = False
     host: Callable[[Block, Tensor], Tensor] | None = None
+    every: int = 1
 
 
 Finding = Any  # what a survey found: numbers, tuples of numbers; JSON can hold it

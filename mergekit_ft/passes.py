@@ -117,7 +117,8 @@ class Passes:
                     block.delta = self._delta(task, block, finding, then)
                 total.add(order, block)
 
-        yield from self._pieces(task, piece)
+        every = min(total.measure.every for total in totals)
+        yield from self._pieces(task, piece, every=every)
 
     def _finding(self, task: Task) -> Tallied:
         """Return what the survey of a task's operator finds, making it if it is the tensor's."""
@@ -138,12 +139,20 @@ class Passes:
                     for total in totals:
                         total.add(0, block)
 
-                yield from self._pieces(task, piece, told=False)
+                every = min(measure.every for measure in measures)
+                yield from self._pieces(task, piece, told=False, every=every)
                 measures = survey.send(tuple(total.result() for total in totals))
         except StopIteration as stop:
             return stop.value
 
-    def _pieces(self, task: Task, of: Callable[[Span, Station], None], *, told: bool = True) -> Job:
+    def _pieces(
+        self,
+        task: Task,
+        of: Callable[[Span, Station], None],
+        *,
+        told: bool = True,
+        every: int = 1,
+    ) -> Job:
         """Yield a piece for every span of a task; `advance` is told of those of whole passes."""
         for ref in (task.base, task.copy, *task.tuned):
             if ref is not None:
@@ -157,7 +166,7 @@ class Passes:
 
             return run
 
-        yield [piece(span) for span in cut(task, self.size)]
+        yield [piece(span) for span in list(cut(task, self.size))[::every]]
 
     def merge(self, sink: Sink, done: Callable[[Task], bool] = lambda task: False) -> None:
         """Merge every task that is not done and hand it to the sink."""

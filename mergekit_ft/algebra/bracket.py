@@ -53,8 +53,9 @@ def find(ranks: dict[int, int], deltas: Deltas, numel: int) -> Found:
         return {}
     brackets = dict.fromkeys(ranks, Bracket())
     if numel > CELL:
-        stride = min(max(numel // SAMPLE, CLOSEST), SPARSEST) | 1
-        (sample,) = yield (_sample(list(ranks), deltas, stride),)
+        every = min(max(1, numel // 2**20), 4)  # of the blocks, while some are left
+        stride = min(max(numel // SAMPLE // every, CLOSEST // every), SPARSEST) | 1
+        (sample,) = yield (_sample(list(ranks), deltas, stride, every),)
         for column, (i, rank) in enumerate(ranks.items()):
             brackets[i] = _bracket(sample[:, column], rank / numel)
     (rows,) = yield (_collect(brackets, deltas),)
@@ -62,13 +63,13 @@ def find(ranks: dict[int, int], deltas: Deltas, numel: int) -> Found:
     return {i: place for i, place in places.items() if place is not None}
 
 
-def _sample(models: list[int], deltas: Deltas, stride: int) -> Measure:
-    """Collect every stride-th magnitude of each model: (m, k)."""
+def _sample(models: list[int], deltas: Deltas, stride: int, every: int) -> Measure:
+    """Collect every stride-th magnitude of each model, in every so many blocks: (m, k)."""
 
     def sample(block: Block, rows: Tensor) -> Tensor:
         return rows[:, -block.start % stride :: stride].T.clone()
 
-    return Measure(_magnitudes(models, deltas), cells=True, host=sample)
+    return Measure(_magnitudes(models, deltas), cells=True, host=sample, every=every)
 
 
 def _magnitudes(models: list[int], deltas: Deltas) -> Callable[[Block], Tensor]:
