@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ft import __version__
-from mergekit_ft.blocks import Crew, Span, block_size, view_of, whole
+from mergekit_ft.blocks import Crew, Span, block_bytes, block_size, view_of, whole
 from mergekit_ft.checkpoint import card, config, layout, lock, sides
 from mergekit_ft.checkpoint.digests import Digests
 from mergekit_ft.errors import OperatorError, SourceError, WriteError
@@ -114,11 +114,13 @@ def passes_for(resolution: Resolution, options: Options) -> Passes:
     threads = 1 if any(map(whole, merged)) else options.workers  # one whole tensor at a time
     crew = Crew(threads, options.torch_device)
     size = block_size(merged, options.memory, threads)
+    blocks = max((block_bytes(task, min(size, task.numel)) for task in merged), default=0)
     return Passes(
         resolution.tasks,
         size,
         crew,
         allow_non_finite=options.allow_non_finite,
+        spare=max(0, options.memory // threads - blocks),
         base=resolution.base,
     )
 

@@ -69,6 +69,7 @@ class Passes:
     advance: Callable[[int], None] = lambda nbytes: None  # told of every byte read and written
     touch: Callable[[Ref], None] = lambda ref: None  # told of every tensor before it is read
     allow_non_finite: bool = False
+    spare: int = 2**62  # bytes that each survey may keep besides its blocks
     base: Source | None = None  # what the output is compared with where a task reads no base
     findings: dict[str, Any] = field(default_factory=dict)  # over the whole model, by operator
 
@@ -79,7 +80,8 @@ class Passes:
         if operator is None:
             return {}
         bits = max(task.bits for task in merged)
-        about = About(merged[0].ids, sum(task.numel for task in merged), bits=bits)
+        numel = sum(task.numel for task in merged)
+        about = About(merged[0].ids, numel, bits=bits, spare=self.spare)
         model_wide = operator.survey_scope == "model"
         found = {"merge": operator.survey(about)} if model_wide else {}
         found |= {f"then.{i}": op.follow(about) for i, op in enumerate(merged[0].then)}
@@ -128,7 +130,7 @@ class Passes:
             return None  # no block will ask for it
         if operator.survey_scope == "model":
             return self.findings["merge"]
-        survey = operator.survey(task.about())
+        survey = operator.survey(task.about(self.spare))
         try:
             measures = next(survey)
             while True:

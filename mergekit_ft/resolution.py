@@ -71,9 +71,9 @@ class Task:
         refs = [self.copy] if self.copy is not None else [self.base, *self.tuned]
         return sum(ref.info.nbytes for ref in refs if ref is not None)
 
-    def about(self) -> About:
-        """Return what is known of the tensor unread."""
-        return About(self.ids, self.numel, self.known, self.place, self.bits)
+    def about(self, spare: int = 2**62) -> About:
+        """Return what is known of the tensor unread, for a survey that may keep `spare` bytes."""
+        return About(self.ids, self.numel, self.known, self.place, self.bits, spare)
 
 
 @dataclass

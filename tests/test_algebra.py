@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergekit_ft.algebra import bracket, cells, deltas, randomness, selection, signs, spheres
-from mergekit_ft.contract import CELL, Block
+from mergekit_ft.contract import CELL, About, Block
 from mergekit_ft.layers import Place
 from tests.merging import found, vectors
 
@@ -46,7 +46,7 @@ def cuts_of(
 ) -> list[selection.Cut | None]:
     bits = 32 if rows.dtype == torch.float32 else 64
     with mock.patch.object(bracket, "MOST", most):
-        survey = selection.largest(counts, take, bits, rows.shape[1])
+        survey = selection.largest(counts, take, About((), rows.shape[1], bits=bits))
         return found(survey, lambda: blocks(rows, size))
 
 
@@ -109,7 +109,7 @@ def test_each_model_is_cut_at_its_own_count() -> None:
 
 
 def test_a_selection_of_all_or_none_takes_no_pass() -> None:
-    assert list(selection.largest([None, None], take, 32, 3)) == []
+    assert list(selection.largest([None, None], take, About((), 3))) == []
 
 
 def test_selection_within_a_model_counts_cells_over_all_its_tensors() -> None:
@@ -121,7 +121,7 @@ def test_selection_within_a_model_counts_cells_over_all_its_tensors() -> None:
         yield from blocks(second, CELL, first_cell=1)
 
     for count, expected in ((2, [[1, 1, 0], [0, 0, 0]]), (4, [[1, 1, 1], [1, 0, 0]])):
-        (cut,) = found(selection.largest([count], take, 32, 6), stream)
+        (cut,) = found(selection.largest([count], take, About((), 6)), stream)
         parts = [selection.keep(b.tuned[0], cut, b.first_cell).tolist() for b in stream()]
         assert parts == expected
 
@@ -140,7 +140,7 @@ def test_a_density_is_cut_to_a_count_of_at_least_one(
 def test_a_bracket_finds_the_threshold_of_ordinary_values_in_two_passes(share: float) -> None:
     rows = torch.randn(1, 3 * CELL + 5, generator=torch.Generator().manual_seed(7))
     rank = round(share * rows.shape[1])
-    survey = bracket.find({0: rank}, take, rows.shape[1])
+    survey = bracket.find({0: rank}, take, About((), rows.shape[1]))
     passes = []
     place = found(counted(survey, passes), lambda: blocks(rows, CELL))[0]
     assert place.threshold == rows[0].abs().sort(descending=True).values[rank - 1]
@@ -153,8 +153,15 @@ def test_a_bracket_gives_up_where_equals_are_too_many_and_counting_does(
 ) -> None:
     rows = torch.tensor(values).repeat(CELL)[None]
     rank = rows.shape[1] // 2 + 3
-    assert found(bracket.find({0: rank}, take, rows.shape[1]), lambda: blocks(rows, CELL)) == {}
+    assert (
+        found(bracket.find({0: rank}, take, About((), rows.shape[1])), lambda: blocks(rows, CELL))
+        == {}
+    )
     assert int((kept(rows, [rank]) != 0).sum()) == min(rank, int((rows != 0).sum()))
+
+
+def test_a_bracket_gives_up_unread_where_there_is_no_room_for_what_it_collects() -> None:
+    assert list(bracket.find({0: 5}, take, About((), 10**6, spare=10**5))) == []
 
 
 def counted(survey: bracket.Found, passes: list[int]) -> bracket.Found:

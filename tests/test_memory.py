@@ -94,6 +94,21 @@ def test_a_tensor_of_256_mib_is_merged_within_32(method: str, parameters: str, b
     assert used < 32 + SLACK, f"{used:.0f} MiB"
 
 
+def test_what_a_selection_keeps_of_ordinary_values_is_within_the_budget_too(bare: float) -> None:
+    for seed, name in enumerate(("base", "tuned")):
+        rolls = torch.Generator().manual_seed(seed)
+        made = {
+            f"model.layers.{i}.mlp.up_proj.weight": torch.randn(
+                48 * MIB, generator=rolls
+            ).bfloat16()
+            for i in range(2)
+        }
+        write_checkpoint(Path(name), made)
+    plan("ties", "weight: 0.5, density: 0.3")
+    used = peak(24 * MIB) - bare
+    assert used < 24 + SLACK, f"{used:.0f} MiB"
+
+
 def test_four_times_the_tensors_take_no_more_memory() -> None:
     plan("task_arithmetic", "weight: 0.5")
     write(100, MIB // 16)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_ft.contract import CELL, Block, Measure
+from mergekit_ft.contract import CELL, About, Block, Measure
 
 MOST = 2**26  # elements beyond which too many would be collected
+KEPT = 0.5  # bytes that an element takes on average, collected and copied
 SAMPLE = 2**17  # elements sampled, where the stride between them is neither of
 CLOSEST, SPARSEST = 16, 512
 ABOVE, WITHIN = -1, -2  # in place of an index: counts
@@ -47,9 +48,10 @@ class Bracket(NamedTuple):
 Found = Generator[tuple[Measure, ...], tuple[Tensor, ...], dict[int, Place]]
 
 
-def find(ranks: dict[int, int], deltas: Deltas, numel: int) -> Found:
+def find(ranks: dict[int, int], deltas: Deltas, about: About) -> Found:
     """Return, by model, the place of the rank-th largest magnitude where a bracket finds it."""
-    if numel > MOST:
+    numel = about.numel
+    if numel > MOST or len(ranks) * numel * KEPT > about.spare:
         return {}
     brackets = dict.fromkeys(ranks, Bracket())
     if numel > CELL:

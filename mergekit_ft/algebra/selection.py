@@ -19,7 +19,7 @@ from torch import Tensor
 from mergekit_ft.algebra import bracket
 from mergekit_ft.algebra.bracket import Deltas
 from mergekit_ft.algebra.cells import by_cell, exact
-from mergekit_ft.contract import CELL, Block, Measure
+from mergekit_ft.contract import CELL, About, Block, Measure
 
 DIGIT = 16  # bits that one pass settles
 EVERY_CELL = 2**62
@@ -48,13 +48,14 @@ def count_for(density: float, numel: int) -> int | None:
     return None if density in (0.0, 1.0) else max(1, math.trunc(density * numel))
 
 
-def largest(counts: Sequence[int | None], deltas: Deltas, bits: int, numel: int) -> Selection:
+def largest(counts: Sequence[int | None], deltas: Deltas, about: About) -> Selection:
     """Find the cut of each model's counts[i] largest magnitudes; no cut where that is None."""
+    bits = about.bits
     ranks = {i: count for i, count in enumerate(counts) if count is not None}
     cuts: list[Cut | None] = [None] * len(counts)
     if not ranks:
         return cuts
-    found = yield from bracket.find(ranks, deltas, numel)
+    found = yield from bracket.find(ranks, deltas, about)
     for i, (threshold, cell, quota) in found.items():
         cuts[i] = _cut(threshold, bits, EVERY_CELL if cell is None else cell, quota)
     rest = {i: rank for i, rank in ranks.items() if i not in found}

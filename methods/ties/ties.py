@@ -67,7 +67,7 @@ class Ties(Operator):
         if all(share == 1.0 for share in self.density):
             return None
         counts = [selection.count_for(share, about.numel) for share in self.density]
-        cuts = yield from selection.largest(counts, _delta, about.bits, about.numel)
+        cuts = yield from selection.largest(counts, _delta, about)
         factors = [1.0] * k
         if self.rescale:
             (rows,) = yield (Measure(lambda block: self._norms(block, cuts), cells=True),)
