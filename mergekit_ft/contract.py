@@ -111,9 +111,9 @@ class About:
     name: str = ""
     place: Place = NOWHERE
     bits: int = 32  # of the floats that the arithmetic is done in
-    spare: int = 2**62  # bytes that a survey may keep besides its blocks
     finding: Finding = None  # for a reference: what the survey over the whole model found
     first_cell: int = 0  # for a reference: ordinal of the tensor's first cell in that survey
+    spare: int = 2**62  # bytes that a survey may keep besides its blocks
 
 
 class Operator(BaseModel):

@@ -73,7 +73,7 @@ class Task:
 
     def about(self, spare: int = 2**62) -> About:
         """Return what is known of the tensor unread, for a survey that may keep `spare` bytes."""
-        return About(self.ids, self.numel, self.known, self.place, self.bits, spare)
+        return About(self.ids, self.numel, self.known, self.place, self.bits, spare=spare)
 
 
 @dataclass
