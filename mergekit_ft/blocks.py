@@ -55,7 +55,14 @@ def whole(task: Task) -> bool:
 
 def least_bytes(task: Task) -> int:
     """Return the memory that one worker needs for this task: a cell, or all of it if it must."""
-    return block_bytes(task, task.numel if whole(task) else min(task.numel, CELL))
+    return block_bytes(task, longest(task, 0))
+
+
+def longest(task: Task, size: int) -> int:
+    """Return the elements of the largest block of a task: whole cells, at least one."""
+    if whole(task):
+        return task.numel
+    return min(task.numel, max(1, size // task.cell) * task.cell)
 
 
 def block_size(tasks: Sequence[Task], memory: int, threads: int) -> int:
@@ -76,7 +83,7 @@ def block_size(tasks: Sequence[Task], memory: int, threads: int) -> int:
 
 def cut(task: Task, size: int) -> Iterator[Span]:
     """Yield the spans that a task's tensor is cut into."""
-    step = max(task.numel, 1) if whole(task) else size
+    step = max(longest(task, size), 1)
     for start in range(0, task.numel, step):
         yield Span(start, min(start + step, task.numel))
 
@@ -151,8 +158,9 @@ def load(station: Station, task: Task, span: Span) -> Block:
         tuned=rows[1 : k + 1],
         ids=task.ids,
         place=task.place,
-        first_cell=task.first_cell + span.start // CELL,
+        first_cell=task.first_cell + span.start // task.cell,
         scratch=rows[k + 1 :],
+        cell=task.cell,
     )
 
 

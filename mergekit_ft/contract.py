@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,17 +23,30 @@ NOWHERE = Place()
 CELL = 65_536  # elements: reductions are float64 sums over cells, added in order
 
 
+def row_of(shape: tuple[int, ...]) -> int:
+    """Return the elements of a row: the last axis; a tensor of one axis is one row."""
+    return max(1, shape[-1] if len(shape) > 1 else prod(shape))
+
+
 class Grain(Enum):
     """How much of a tensor an operator must see at once."""
 
     ELEMENT = "element"  # any run of elements may come alone
+    ROW = "row"  # whole rows, along the last axis; a tensor of one axis is one row
     TENSOR = "tensor"  # only the whole tensor, in its shape
+
+    def cell(self, shape: tuple[int, ...]) -> int:
+        """Return the elements of a cell: of whole rows where those are what must be seen."""
+        if self is not Grain.ROW:
+            return CELL
+        return row_of(shape) * max(1, CELL // row_of(shape))
 
 
 class Base(Enum):
     """What a method does with the plan's base model."""
 
     REQUIRED = "required"  # apart from the tuned models, as `Block.base`
+    OPTIONAL = "optional"  # the same where the plan names one; else `Block.base` is empty
     IGNORED = "ignored"  # one of the models, as a row of `Block.tuned`
 
 
@@ -47,7 +61,7 @@ class Block:
     name: str
     shape: tuple[int, ...]  # of the whole tensor
     start: int  # flat row-major index of the first element
-    base: Tensor  # (n,) float32, or float64 when a source is; (0,) when the base is ignored
+    base: Tensor  # (n,) float32, or float64 when a source is; (0,) when there is none
     tuned: Tensor  # (k, n)
     ids: Sequence[str]  # (k,) the models as the plan names them: keys of randomness
     place: Place
@@ -55,6 +69,7 @@ class Block:
     scratch: Tensor  # (s, n) as many rows as the operator asked for
     delta: Tensor | None = None  # (n,) the merged delta so far, for operators after `then:`;
     # it may lie in a row of scratch, so `adjust` takes none
+    cell: int = CELL  # elements of a cell; a block is whole cells, but for the tensor's end
 
     @property
     def n(self) -> int:
@@ -114,6 +129,9 @@ class About:
     finding: Finding = None  # for a reference: what the survey over the whole model found
     first_cell: int = 0  # for a reference: ordinal of the tensor's first cell in that survey
     spare: int = 2**62  # bytes that a survey may keep besides its blocks
+    shape: tuple[int, ...] = ()  # of the tensor
+    cell: int = CELL  # elements of a cell
+    based: bool = True  # whether there is a base
 
 
 class Operator(BaseModel):
@@ -125,8 +143,13 @@ class Operator(BaseModel):
 
     base: ClassVar[Base] = Base.REQUIRED
     tuned: ClassVar[tuple[int, int | None]] = (1, None)  # how many models besides a required base
-    grain: ClassVar[Grain] = Grain.ELEMENT
-    yields_delta: ClassVar[bool] = True  # `merge` returns a delta to the base, else values
+    yields_delta: ClassVar[bool] = True  # `merge` returns a delta to the base, if there is one,
+    # else values
+
+    @property
+    def grain(self) -> Grain:
+        """Return how much of a tensor must be seen at once."""
+        return Grain.ELEMENT
 
     def scratch(self, k: int) -> int:
         """Return how many rows of scratch a block of k models needs."""

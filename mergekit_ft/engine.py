@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ft import __version__
-from mergekit_ft.blocks import Crew, Span, block_bytes, block_size, view_of, whole
+from mergekit_ft.blocks import Crew, Span, block_bytes, block_size, longest, view_of, whole
 from mergekit_ft.checkpoint import card, config, layout, lock, sides
 from mergekit_ft.checkpoint.digests import Digests
 from mergekit_ft.errors import OperatorError, SourceError, WriteError
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.passes import Passes
 from mergekit_ft.plan import read
-from mergekit_ft.resolution import Resolution, Task, resolve
+from mergekit_ft.resolution import Ref, Resolution, Task, resolve
 from mergekit_ft.sources import SourceFile
 from mergekit_ft.sources.dtypes import SIZE
 from mergekit_ft.writer import Writer
@@ -73,8 +73,7 @@ def run(resolution: Resolution, out: Path, options: Options, watcher: Progress) 
             return _result(resolution, out, lock.read(out))
         for file in files:
             digests.follow(writer.part / file.name, writer.growth(file.name))
-        paths = {(id(s), file.name): file.path for s in resolution.sources for file in s.files}
-        passes.touch = lambda ref: digests.start(paths[id(ref.source), ref.info.file])
+        passes.touch = lambda ref: _start(digests, ref)
         passes.findings = writer.findings
         watcher.start(_bytes_to_move(passes, writer), f"merging into {out}")
         passes.survey_model(writer.note_finding)
@@ -83,6 +82,11 @@ def run(resolution: Resolution, out: Path, options: Options, watcher: Progress) 
         receipt = _surround(resolution, writer, digests, options)
         writer.commit(receipt)
     return _result(resolution, out, receipt)
+
+
+def _start(digests: Digests, ref: Ref) -> None:
+    for file in ref.source.behind(ref.name):
+        digests.start(file.path)
 
 
 class _IntoFiles:
@@ -113,14 +117,15 @@ def passes_for(resolution: Resolution, options: Options) -> Passes:
     merged = resolution.merged
     threads = 1 if any(map(whole, merged)) else options.workers  # one whole tensor at a time
     crew = Crew(threads, options.torch_device)
-    size = block_size(merged, options.memory, threads)
-    blocks = max((block_bytes(task, min(size, task.numel)) for task in merged), default=0)
+    memory = options.memory - threads * sum(s.reader.overhead for s in resolution.sources)
+    size = block_size(merged, memory, threads)
+    blocks = max((block_bytes(task, longest(task, size)) for task in merged), default=0)
     return Passes(
         resolution.tasks,
         size,
         crew,
         allow_non_finite=options.allow_non_finite,
-        spare=max(0, options.memory // threads - blocks),
+        spare=max(0, memory // threads - blocks),
         base=resolution.base,
     )
 
@@ -141,7 +146,7 @@ def _surround(
         for name in (*names, CARD)
     }
     inputs = {
-        str(source): {file.name: _identified(file, digests) for file in source.files}
+        str(source): {name: _identified(file, digests) for name, file in source.inputs.items()}
         for source in resolution.sources
     }
     return lock.receipt(

@@ -209,7 +209,7 @@ class Passes:
         operator = task.operator
         assert operator is not None
         idle = all(adjustment.neutral(task.known, task.place) for adjustment in task.then)
-        if idle and not operator.yields_delta:
+        if idle and (task.base is None or not operator.yields_delta):
             return operator.merge(block, finding)
         return add_base(block.base, self._delta(task, block, finding, len(task.then)))
 

@@ -29,7 +29,7 @@ class Ref:
     info: TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Task:
     """One output tensor: where it comes from and what happens to it."""
 
@@ -55,6 +55,11 @@ class Task:
             size *= length
         return size
 
+    @cached_property
+    def cell(self) -> int:
+        """Return the elements of a cell."""
+        return self.operator.grain.cell(self.shape) if self.operator is not None else CELL
+
     @property
     def surveyed(self) -> bool:
         """Say whether a survey over the whole model sees it: tied tensors count once."""
@@ -73,7 +78,9 @@ class Task:
 
     def about(self, spare: int = 2**62) -> About:
         """Return what is known of the tensor unread, for a survey that may keep `spare` bytes."""
-        return About(self.ids, self.numel, self.known, self.place, self.bits, spare=spare)
+        known = (self.ids, self.numel, self.known, self.place, self.bits)
+        based = self.base is not None
+        return About(*known, spare=spare, shape=self.shape, cell=self.cell, based=based)
 
 
 @dataclass
@@ -239,7 +246,7 @@ class _Resolver:
 
     def _stored(self, info: TensorInfo) -> str:
         wanted = self.plan.stored_dtype
-        return BY_NAME[wanted] if wanted and info.dtype in FLOATING else info.dtype
+        return BY_NAME[wanted] if wanted and info.dtype in FLOATING else info.kept
 
     def _fits(self, info: TensorInfo) -> bool:
         return all(
@@ -292,7 +299,7 @@ class _Resolver:
         for task in tasks:
             if task.surveyed and task.operator and task.operator.survey_scope == "model":
                 first[task.known] = cell
-                cell += -(-task.numel // CELL)
+                cell += -(-task.numel // task.cell)
         return [replace(task, first_cell=first.get(task.known, 0)) for task in tasks]
 
     def _unused(self, found: Resolution) -> dict[str, list[str]]:

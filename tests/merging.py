@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mergekit_ft.algebra.deltas import add_base
 from mergekit_ft.contract import (
-    CELL,
     NOWHERE,
     About,
     Block,
     Finding,
+    Grain,
     Measure,
     Operator,
     Place,
@@ -28,7 +28,7 @@ NAMES = ("maths", "chat", "code", "law")
 
 
 class Case:
-    """One tensor of a base and of k tuned models, for one operator."""
+    """One tensor of a base (empty: none) and of k tuned models, for one operator."""
 
     def __init__(
         self,
@@ -39,13 +39,20 @@ class Case:
         ids: Sequence[str] = NAMES,
         place: Place = NOWHERE,
         dtype: torch.dtype = torch.float32,
-        size: int = CELL,
+        size: int | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> None:
-        self.operator, self.size = operator, size
+        self.operator = operator
         self.base = torch.as_tensor(base, dtype=dtype).flatten()
         self.tuned = torch.stack([torch.as_tensor(row, dtype=dtype).flatten() for row in tuned])
         bits = 64 if dtype == torch.float64 else 32
-        self.about = About(tuple(ids[: len(tuned)]), self.base.numel(), name, place, bits)
+        self.shape = shape or (self.tuned.shape[1],)
+        cell = operator.grain.cell(self.shape)
+        whole = operator.grain is Grain.TENSOR
+        self.size = size or (self.tuned.shape[1] if whole else cell)
+        known = (tuple(ids[: len(tuned)]), self.tuned.shape[1], name, place, bits)
+        based = bool(self.base.numel())
+        self.about = About(*known, shape=self.shape, cell=cell, based=based)
 
     def blocks(self) -> Iterator[Block]:
         """Yield fresh blocks; what lies in their scratch is never a number."""
@@ -55,13 +62,14 @@ class Case:
             scratch = (self.operator.scratch(k), stop - start)
             yield Block(
                 name=self.about.name,
-                shape=(n,),
+                shape=self.shape,
                 start=start,
                 base=self.base[start:stop].clone(),
                 tuned=self.tuned[:, start:stop].clone(),
                 ids=self.about.ids,
                 place=self.about.place,
-                first_cell=start // CELL,
+                first_cell=start // self.about.cell,
+                cell=self.about.cell,
                 scratch=torch.full(scratch, torch.nan, dtype=self.base.dtype),
             )
 
@@ -77,11 +85,14 @@ class Case:
     def values(self) -> Tensor:
         """Return (n,) the merged values."""
         merged = self.merged()
-        return add_base(self.base, merged) if self.operator.yields_delta else merged
+        apart = self.operator.yields_delta and bool(self.base.numel())
+        return add_base(self.base, merged) if apart else merged
 
     def reference(self) -> Tensor:
         """Return (n,) what the operator's plain float64 form makes of the same."""
-        return self.operator.reference(self.base.double(), list(self.tuned.double()), self.about)
+        base = self.base.double().view(self.shape) if self.base.numel() else self.base.double()
+        tuned = [row.view(self.shape) for row in self.tuned.double()]
+        return self.operator.reference(base, tuned, self.about).flatten()
 
 
 def found(survey: Survey, blocks: Callable[[], Iterable[Block]]) -> Finding:

@@ -40,7 +40,8 @@ NAMES = registry.names()
 OPERATORS = [name for name in NAMES if issubclass(registry.method(name), Operator)]
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 PLACE = Place("block", "model.layers", 1, 3)
-N = CELL + 100
+SHAPE = (244, 269)
+N = CELL + 100  # what a tensor of that shape holds
 
 
 def folder(name: str) -> Path:
@@ -112,10 +113,10 @@ def models_of(operator: Operator) -> int:
 def block(operator: Operator, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> Block:
     k = models_of(operator)
     base, *tuned = vectors(k, N, seed=1, dtype=dtype)
-    apart = operator.base is Base.REQUIRED or isinstance(operator, Adjustment)
+    apart = operator.base is not Base.IGNORED or isinstance(operator, Adjustment)
     return Block(
         name=TENSOR,
-        shape=(N,),
+        shape=SHAPE,
         start=0,
         base=base if apart else base[:0],
         tuned=torch.stack(tuned),
@@ -123,12 +124,15 @@ def block(operator: Operator, dtype: torch.dtype = torch.float32, fill: float = 
         place=PLACE,
         first_cell=0,
         scratch=torch.full((operator.scratch(k), N), fill, dtype=dtype),
+        cell=operator.grain.cell(SHAPE),
     )
 
 
 def about(operator: Operator, dtype: torch.dtype = torch.float32, finding: Any = None) -> About:
     ids = tuple(f"./model{i}" for i in range(models_of(operator)))
-    return About(ids, N, TENSOR, PLACE, 64 if dtype == torch.float64 else 32, finding)
+    bits = 64 if dtype == torch.float64 else 32
+    cell = operator.grain.cell(SHAPE)
+    return About(ids, N, TENSOR, PLACE, bits, finding, shape=SHAPE, cell=cell)
 
 
 class Pass(NamedTuple):
@@ -163,7 +167,8 @@ def test_merging_a_block_is_the_float64_reference(operator: Operator, dtype: tor
     _, finding, merged = measured_and_merged(operator, dtype, torch.nan)
     of = block(operator, torch.float64)
     known = about(operator, dtype, finding if operator.survey_scope == "model" else None)
-    plain = operator.reference(of.base, list(of.tuned), known)
+    shaped = [x.view(SHAPE) if x.numel() else x for x in (of.base, *of.tuned)]
+    plain = operator.reference(shaped[0], shaped[1:], known).flatten()
     close = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(merged.double(), plain, rtol=close, atol=close)
 
@@ -252,7 +257,7 @@ def fake(real: Block) -> Block:
     tensors = {word: like(getattr(real, word)) for word in ("base", "tuned", "scratch")}
     delta = None if real.delta is None else like(real.delta)
     rest = {word: getattr(real, word) for word in ("name", "shape", "start", "ids", "place")}
-    return Block(**tensors, **rest, first_cell=0, delta=delta)
+    return Block(**tensors, **rest, first_cell=0, delta=delta, cell=real.cell)
 
 
 def require_same_kind(result: Tensor, real: Tensor) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_ft.contract import CELL, About, Block, Measure
+from mergekit_ft.contract import About, Block, Measure
 
 MOST = 2**26  # elements beyond which too many would be collected
 KEPT = 0.5  # bytes that an element takes on average, collected and copied
@@ -54,14 +54,14 @@ def find(ranks: dict[int, int], deltas: Deltas, about: About) -> Found:
     if numel > MOST or len(ranks) * numel * KEPT > about.spare:
         return {}
     brackets = dict.fromkeys(ranks, Bracket())
-    if numel > CELL:
+    if numel > about.cell:
         every = min(max(1, numel // 2**20), 4)  # of the blocks, while some are left
         stride = min(max(numel // SAMPLE // every, CLOSEST // every), SPARSEST) | 1
         (sample,) = yield (_sample(list(ranks), deltas, stride, every),)
         for column, (i, rank) in enumerate(ranks.items()):
             brackets[i] = _bracket(sample[:, column], rank / numel)
     (rows,) = yield (_collect(brackets, deltas),)
-    places = {i: _placed(rows[rows[:, 0] == i, 1:], rank) for i, rank in ranks.items()}
+    places = {i: _placed(rows[rows[:, 0] == i, 1:], rank, about.cell) for i, rank in ranks.items()}
     return {i: place for i, place in places.items() if place is not None}
 
 
@@ -112,7 +112,7 @@ def _collect(brackets: dict[int, Bracket], deltas: Deltas) -> Measure:
 
     def collect(block: Block, rows: Tensor) -> Tensor:
         found = [
-            _within(row.numpy(), bracket, block.first_cell * CELL, i)
+            _within(row.numpy(), bracket, block.first_cell * block.cell, i)
             for row, (i, bracket) in zip(rows, brackets.items(), strict=True)
         ]
         return torch.from_numpy(np.concatenate(found))
@@ -132,7 +132,7 @@ def _within(row: Row, bracket: Bracket, start: int, i: int) -> Row:
     return np.concatenate([np.array(counts, dtype=np.float64), elements])
 
 
-def _placed(rows: Tensor, rank: int) -> Place | None:
+def _placed(rows: Tensor, rank: int, cell: int) -> Place | None:
     """Return the rank-th largest magnitude, and the last of its equals kept, if it is there."""
     above, within = (int(rows[rows[:, 1] == mark, 0].sum()) for mark in (ABOVE, WITHIN))
     values, index = rows[rows[:, 1] >= 0].unbind(1)
@@ -143,5 +143,5 @@ def _placed(rows: Tensor, rank: int) -> Place | None:
     kept = rank - above - int((values > threshold).sum())
     if kept == len(equals):
         return Place(float(threshold), None, 0)
-    cells = equals[:kept].div(CELL).long()
+    cells = equals[:kept].div(cell).long()
     return Place(float(threshold), int(cells[-1]), int((cells == cells[-1]).sum()))

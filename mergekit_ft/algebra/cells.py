@@ -11,15 +11,15 @@ from torch import Tensor
 from mergekit_ft.contract import CELL
 
 
-def cells(n: int) -> Iterator[slice]:
-    """Yield the runs of at most CELL elements that n elements fall into."""
-    for start in range(0, n, CELL):
-        yield slice(start, min(start + CELL, n))
+def cells(n: int, cell: int = CELL) -> Iterator[slice]:
+    """Yield the runs of at most `cell` elements that n elements fall into."""
+    for start in range(0, n, cell):
+        yield slice(start, min(start + cell, n))
 
 
-def by_cell(n: int, reduce: Callable[[slice], list[Tensor]]) -> Tensor:
+def by_cell(n: int, reduce: Callable[[slice], list[Tensor]], cell: int = CELL) -> Tensor:
     """Return (cells, s) float64: the s numbers that `reduce` makes of each cell."""
-    return torch.stack([torch.stack(reduce(cell)) for cell in cells(n)])
+    return torch.stack([torch.stack(reduce(run)) for run in cells(n, cell)])
 
 
 def exact(values: Tensor) -> Tensor:
@@ -37,11 +37,11 @@ def totals(rows: Tensor) -> list[float]:
     return [math.fsum(column) for column in rows.T.tolist()]
 
 
-def l1_norms(n: int, vectors: Iterable[Tensor]) -> Tensor:
+def l1_norms(n: int, vectors: Iterable[Tensor], cell: int = CELL) -> Tensor:
     """Return (cells, s): the L1 norms of the s vectors of n elements, one after the other."""
 
     def norms(vector: Tensor) -> Tensor:
-        return by_cell(n, lambda cell: [l1(vector[cell])])
+        return by_cell(n, lambda run: [l1(vector[run])], cell)
 
     return torch.cat([norms(vector) for vector in vectors], dim=1)
 

@@ -83,10 +83,10 @@ def _by_counting(ranks: dict[int, int], deltas: Deltas, bits: int) -> Counting:
     }
 
 
-def keep(values: Tensor, cut: Cut, first_cell: int) -> Tensor:
+def keep(values: Tensor, cut: Cut, first_cell: int, cell: int = CELL) -> Tensor:
     """Set to zero, in place, what the cut does not keep of a block's (n,) values."""
-    boundary = (cut.cell - first_cell) * CELL
-    start, stop = (min(max(edge, 0), values.numel()) for edge in (boundary, boundary + CELL))
+    boundary = (cut.cell - first_cell) * cell
+    start, stop = (min(max(edge, 0), values.numel()) for edge in (boundary, boundary + cell))
     _shrink(values[:start], cut.below)
     _shrink(values[stop:], cut.threshold)
     middle = values[start:stop]
@@ -144,7 +144,7 @@ def _equals(chosen: list[int], thresholds: list[float], deltas: Deltas) -> Measu
     def column(block: Block, i: int, threshold: float) -> Tensor:
         magnitude = torch.abs(deltas(block, i), out=block.scratch[1])
         equal = torch.eq(magnitude, threshold, out=magnitude)
-        return by_cell(block.n, lambda cell: [exact(equal[cell].sum())])
+        return by_cell(block.n, lambda run: [exact(equal[run].sum())], block.cell)
 
     def count(block: Block) -> Tensor:
         pairs = zip(chosen, thresholds, strict=True)

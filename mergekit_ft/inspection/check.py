@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ft.blocks import block_bytes, block_size, whole
+from mergekit_ft.blocks import block_bytes, block_size, longest, whole
 from mergekit_ft.checkpoint import config, layout, sides
 from mergekit_ft.contract import About, Survey
 from mergekit_ft.inspection import settings
@@ -138,13 +138,14 @@ def _memory(resolution: Resolution, options: Options) -> Report:
     merged = resolution.merged
     at_once = [task for task in merged if whole(task)]
     threads = 1 if at_once else options.workers
-    elements = block_size(merged, options.memory, threads)
-    needs = (block_bytes(t, t.numel if whole(t) else min(elements, t.numel)) for t in merged)
+    overhead = sum(source.reader.overhead for source in resolution.sources)
+    elements = block_size(merged, options.memory - threads * overhead, threads)
+    needs = (block_bytes(task, longest(task, elements)) for task in merged)
     return {
         "budget": options.memory,
         "threads": threads,
         "block_elements": elements,
-        "peak": threads * max(needs, default=0),
+        "peak": threads * (overhead + max(needs, default=0)),
         "whole_tensors": len(at_once),
     }
 

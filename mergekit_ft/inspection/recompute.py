@@ -130,7 +130,7 @@ def _expected(task: Task, receipt: Mapping[str, Any]) -> tuple[Tensor, float]:
     base = _read(task.base) if task.base is not None else torch.zeros_like(tuned[0])
     result = operator.reference(base, tuned, _about(task, findings.get("merge")))
     scale = max((_largest(tensor) for tensor in (base, *tuned, result)), default=0.0)
-    if not task.then and not operator.yields_delta:
+    if not task.then and (task.base is None or not operator.yields_delta):
         return result, scale
     delta = result if operator.yields_delta else result - base
     for i, adjustment in enumerate(task.then):

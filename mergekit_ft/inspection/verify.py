@@ -109,7 +109,7 @@ def _inputs(resolution: Resolution, receipt: Report, advance: Advance) -> Report
     entries = list(zip(resolution.sources, receipt["sources"], strict=True))
     wanted, differ = [], []
     for source, entry in entries:
-        paths = {file.name: file.path for file in source.files}
+        paths = {name: file.path for name, file in source.inputs.items()}
         for name, file in entry["files"].items():
             wanted.append((f"{entry['reference']}: {name}", paths.get(name), file))
         if lock.config_digest(source) != entry.get("config"):

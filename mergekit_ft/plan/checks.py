@@ -106,7 +106,10 @@ def _check_count(reading: Reading, method: type[Operator], count: int) -> None:
         return
     assert reading.plan is not None
     wanted = f"at least {low}" if high is None else f"{low}" if low == high else f"{low} to {high}"
-    besides = " besides base_model" if method.base is Base.REQUIRED else ""
+    apart = method.base is Base.REQUIRED or (
+        method.base is Base.OPTIONAL and reading.plan.base_model is not None
+    )
+    besides = " besides base_model" if apart else ""
     noun = "model" if wanted.endswith("1") else "models"
     message = f"{reading.plan.merge_method} takes {wanted} {noun}{besides}; the plan gives {count}"
     reading.add(("models",), message, key=True)

@@ -56,7 +56,7 @@ def members(plan: Plan, method: type[Operator]) -> list[Member]:
     """Return the k models in order, the base among them where it is not apart."""
     from mergekit_ft.contract import Base
 
-    apart = method.base is Base.REQUIRED
+    apart = method.base is not Base.IGNORED
     base = plan.base_model
     listed = [Member(e.model, ("models", i), e.parameters) for i, e in enumerate(plan.models)]
     if base is None:

@@ -20,7 +20,9 @@ OPEN_AT_ONCE = 32  # descriptors of one source
 
 
 class Reader(Protocol):
-    """What gives a source its bytes."""
+    """What gives a source its bytes; any thread may ask it."""
+
+    overhead: int  # bytes that one worker may take for a read, besides what is filled
 
     def read_into(self, info: TensorInfo, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of a tensor from `start` on."""
@@ -40,6 +42,8 @@ class _Open:
 
 class FileReader:
     """Reads tensors from files; opens them when needed, closes the least recently used."""
+
+    overhead = 0
 
     def __init__(self, files: tuple[SourceFile, ...], limit: int = OPEN_AT_ONCE) -> None:
         self._files = {file.name: file for file in files}
@@ -135,6 +139,8 @@ def read_at(descriptor: int, into: memoryview, position: int) -> int:
 
 class HeaderReader:
     """Stands where only the headers of a source were fetched."""
+
+    overhead = 0
 
     def __init__(self, reference: str) -> None:
         self._reference = reference

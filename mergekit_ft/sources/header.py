@@ -29,6 +29,12 @@ class TensorInfo:
     file: str  # name within the folder
     offset: int  # of the first byte in that file
     nbytes: int
+    stored: str = ""  # code that the output takes where the plan says nothing, if not `dtype`
+
+    @property
+    def kept(self) -> str:
+        """Return the dtype that the output takes where the plan says nothing."""
+        return self.stored or self.dtype
 
     @property
     def numel(self) -> int:

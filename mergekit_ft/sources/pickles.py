@@ -23,6 +23,8 @@ CONVERT = "convert it (from_pretrained, save_pretrained writes safetensors)"
 class PickleReader:
     """Copies bytes out of tensors that torch has mapped from their files."""
 
+    overhead = 0
+
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = dict(tensors)
         self._last: tuple[str, torch.Tensor] | None = None  # one that had to be made contiguous

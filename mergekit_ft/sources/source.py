@@ -28,6 +28,8 @@ class Around:
     config: dict[str, Any] = field(default_factory=dict)
     sides: tuple[str, ...] = ()  # every non-weight file, relative to the folder
     unread: tuple[str, ...] = ()  # weight files that were not chosen
+    edits: Mapping[str, Any] = field(default_factory=dict)  # of config.json, where it no longer
+    # holds: values by dotted key, None to leave a key out
 
 
 class Source(Mapping[str, TensorInfo]):
@@ -40,16 +42,21 @@ class Source(Mapping[str, TensorInfo]):
         reader: Reader,
         around: Around,
         revision: str | None = None,
+        inputs: Mapping[str, SourceFile] | None = None,
     ) -> None:
         self.reference = reference  # as the plan names it
         self.revision = revision  # the commit, of a source on the hub
-        self.files = files
+        self.files = files  # which tensor lies where; of a derived source, where it would lie
+        self._derived = inputs is not None
+        self.inputs = {file.name: file for file in files} if inputs is None else dict(inputs)
         self.folder = around.folder
         self.index = around.index
         self.config = around.config
         self.unread = around.unread
+        self.edits = around.edits
+        self.around = around
         self._sides = around.sides
-        self._reader = reader
+        self.reader = reader
         self._tensors = _by_name(reference, files)
         self.ties = ties(self.config, self._tensors)
 
@@ -98,14 +105,14 @@ class Source(Mapping[str, TensorInfo]):
         """Fill `into` with a tensor's bytes from byte `start` on."""
         info, into = self._tensors[name], into.cast("B")
         self._check(info, start, len(into))
-        self._reader.read_into(info, start, into)
+        self.reader.read_into(info, start, into)
 
     def will_need(self, name: str, start: int, nbytes: int) -> None:
         """Say that these bytes of a tensor will be read soon."""
         info = self._tensors[name]
         self._check(info, start, nbytes)
         if nbytes:
-            self._reader.will_need(info, start, nbytes)
+            self.reader.will_need(info, start, nbytes)
 
     def _check(self, info: TensorInfo, start: int, count: int) -> None:
         if start < 0 or start + count > info.nbytes:
@@ -151,11 +158,17 @@ class Source(Mapping[str, TensorInfo]):
 
     def fingerprint(self) -> list[tuple[str, int, int]]:
         """Return name, size and time (ns) of each weight file as they were when opened."""
-        return [(file.name, file.size, file.mtime_ns) for file in self.files]
+        return [(name, file.size, file.mtime_ns) for name, file in self.inputs.items()]
+
+    def behind(self, name: str) -> list[SourceFile]:
+        """Return the files on disk that a tensor's bytes come from, or may come from."""
+        if self._derived:
+            return list(self.inputs.values())
+        return [self.inputs[self._tensors[name].file]]
 
     def close(self) -> None:
         """Give back what is held open; reading again opens it again."""
-        self._reader.close()
+        self.reader.close()
 
 
 def _by_name(reference: str, files: tuple[SourceFile, ...]) -> dict[str, TensorInfo]:

@@ -1,0 +1,45 @@
+"""Sources made of other sources: other tensors over the same surroundings, read on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mergekit_ft.sources.files import Reader
+from mergekit_ft.sources.header import SourceFile, TensorInfo
+from mergekit_ft.sources.source import Source
+
+
+def derived(
+    source: Source,
+    tensors: Iterable[TensorInfo],
+    reader: Reader,
+    *,
+    reference: str | None = None,
+    inputs: Mapping[str, SourceFile] | None = None,
+    edits: Mapping[str, Any] | None = None,
+) -> Source:
+    """Return a source of other tensors; each lies, in name, in the file that its info says.
+
+    `inputs` are more files on disk that the bytes come from; `edits` are of its config.json.
+    """
+    by_file: dict[str, list[TensorInfo]] = {file.name: [] for file in source.files}
+    for info in tensors:
+        by_file.setdefault(info.file, []).append(info)
+    known = {file.name: file for file in source.files}
+    files = tuple(
+        replace(known.get(name, source.files[0]), name=name, tensors=tuple(held))
+        for name, held in by_file.items()
+        if held
+    )
+    around = replace(source.around, edits={**source.edits, **(edits or {})})
+    made = Source(
+        source.reference if reference is None else reference,
+        files,
+        reader,
+        around,
+        source.revision,
+        {**source.inputs, **(inputs or {})},
+    )
+    return made
