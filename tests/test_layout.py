@@ -100,7 +100,9 @@ def tiny_checkpoint(folder: Path, value: float) -> Path:
 def test_the_installed_wheel_lists_its_methods_from_another_folder(
     bare: Path, tmp_path: Path
 ) -> None:
-    where = run(bare, "-c", "import mergekit_ft as m; print(m.__file__)", cwd=tmp_path)
+    where = run(
+        bare, "-c", "import mergekit_ft as m; print(m.__file__)", cwd=tmp_path, env=outside()
+    )
     assert Path(where.strip()).is_relative_to(bare.parents[1])
     listed = run(bare, "-m", "mergekit_ft", "methods", cwd=tmp_path, env=outside())
     assert {folder.name for folder in METHODS} <= set(re.findall(r"\w+", listed))

@@ -1,0 +1,23 @@
+"""The command line: `mergekit-ft`."""
+
+from __future__ import annotations
+
+import click
+
+from mergekit_ft import __version__
+from mergekit_ft.cli.group import DIFFERENT, EXIT_CODES, INTERRUPTED, Main
+from mergekit_ft.cli.looking import inspect, verify
+from mergekit_ft.cli.merging import check, merge
+from mergekit_ft.cli.methods import card, methods, schema
+
+__all__ = ["DIFFERENT", "INTERRUPTED", "main"]
+
+
+@click.group(cls=Main, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mergekit-ft")
+def main() -> None:
+    """Merge checkpoints of open models: streamed, checked, reproducible."""
+
+
+for command in (merge, check, verify, inspect, methods, card, schema):
+    main.add_command(command)

@@ -1,0 +1,38 @@
+"""The group of commands, and how each of them ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mergekit_ft.errors import MergekitError, PlanError
+
+DIFFERENT = 1  # exit code of `verify`
+INTERRUPTED = 130
+EXIT_CODES = (
+    "Exit codes: 0 ok; 1 verification differs; 2 usage; 3 plan; 4 source; 5 operator (values that "
+    "do not merge); 6 write; 130 interrupted."
+)
+
+
+class Main(click.Group):
+    """A group that ends every error a user can meet in clear lines and its exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of their use."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except MergekitError as error:
+            placed = isinstance(error, PlanError) or "\n" in str(error)  # each line has its place
+            click.echo(str(error) if placed else f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            merging = ctx.invoked_subcommand == "merge"
+            more = "; the same command with --resume goes on from here" if merging else ""
+            click.echo(f"\ninterrupted{more}", err=True)
+            ctx.exit(INTERRUPTED)

@@ -1,0 +1,41 @@
+"""What commands print, and what they read from stdin."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+
+def lines(found: Iterable[str]) -> None:
+    """Print lines."""
+    click.echo("\n".join(found))
+
+
+def json_of(value: Any) -> None:
+    """Print a value as JSON."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def plan_of(plan: str) -> str:
+    """Return the plan's file, or the text that stdin gives."""
+    return sys.stdin.read() + "\n" if plan == "-" else plan
+
+
+@contextmanager
+def watched(quiet: bool) -> Iterator[Any]:
+    """Give what shows the progress, and end it whatever comes."""
+    if quiet:
+        yield None
+        return
+    from mergekit_ft.inspection.progress import watcher
+
+    shown = watcher()
+    try:
+        yield shown
+    finally:
+        shown.close()
