@@ -7,7 +7,7 @@ for the whole plan. The engine makes one instance per output tensor and hands it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
@@ -145,6 +145,8 @@ class Operator(BaseModel):
     tuned: ClassVar[tuple[int, int | None]] = (1, None)  # how many models besides a required base
     yields_delta: ClassVar[bool] = True  # `merge` returns a delta to the base, if there is one,
     # else values
+    without_effect: ClassVar[Mapping[str, str]] = {}  # words that mergekit takes for this method
+    # and never reads: why. A plan that holds one is refused.
 
     @property
     def grain(self) -> Grain:

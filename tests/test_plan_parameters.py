@@ -300,6 +300,17 @@ def test_an_unknown_parameter_lists_the_valid_ones() -> None:
 # ---- then
 
 
+def test_a_word_that_mergekit_takes_and_never_reads_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Deltas, "without_effect", {"rescale": "it drops nothing"})
+    said = "'rescale' has no effect in deltas: it drops nothing; remove it"
+    assert faults(deltas("1, rescale: true", "rescale: false")) == [
+        f"plan:4:40: {said}",
+        f"plan:6:14: {said}",
+    ]
+
+
 def test_a_step_has_settings_like_any_method() -> None:
     steps = "then:\n  - lift: {beta: [0, 4]}\n  - lift: {alpha: 2, beta: {value: 7}}\n"
     first, second = (lookup(deltas(more=steps)).for_then(i) for i in (0, 1))

@@ -79,6 +79,7 @@ class Levels:
         self.name = self.plan.merge_method if step is None else self.plan.then[step].method
         self.known = parameters_of(method)
         self.takes = listed(method, self.name)
+        self.without_effect = method.without_effect
         self.settings: dict[Keys, Setting] = {}
         self._refuse_unknown()
         if step is None:
@@ -130,6 +131,12 @@ class Levels:
     def _refuse_word(self, word: str, path: Keys) -> Parameter | None:
         if word in self.known:
             return self.known[word]
+        if word in self.without_effect:
+            why = self.without_effect[word]
+            self.reading.add(
+                path, f"'{word}' has no effect in {self.name}: {why}; remove it", key=True
+            )
+            return None
         if word in Plan.model_fields and word != "name":
             hint = "; it belongs at the top level of the plan"
         else:

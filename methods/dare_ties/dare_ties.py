@@ -43,7 +43,7 @@ class DareTies(Operator):
     )
     lambda_: float = shared(1.0, alias="lambda", description="factor of the merged delta")
     seed: int = setting(0, ge=0, description="key of the random masks")
-    int8_mask: bool = setting(False, description="accepted for mergekit plans; changes no value")
+    int8_mask: bool = shared(False, description="accepted for mergekit plans; changes no value")
 
     @property
     def _drop(self) -> dropping.Drop:

@@ -7,8 +7,8 @@ return           theta_0 + lambda tau
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,16 +19,21 @@ from mergekit_ft.algebra.deltas import (
     subtract_base,
     weighted_sum,
 )
-from mergekit_ft.contract import About, Block, Operator, Place, per_model, setting, shared
+from mergekit_ft.contract import About, Block, Operator, Place, per_model, shared
 
 
 class TaskArithmetic(Operator):
     """The base plus a weighted sum of task vectors."""
 
+    without_effect: ClassVar[Mapping[str, str]] = {
+        "density": "it drops nothing (ties, breadcrumbs, dare_linear and della_linear do)",
+        "rescale": "it drops nothing that could be made up for",
+    }
+
     weight: tuple[float, ...] = per_model(description="factor of each task vector")
     normalize: bool = shared(False, description="divide by the sum of the weights")
     lambda_: float = shared(1.0, alias="lambda", description="factor of the merged delta")
-    int8_mask: bool = setting(False, description="accepted for mergekit plans; changes no value")
+    int8_mask: bool = shared(False, description="accepted for mergekit plans; changes no value")
 
     def copies(self, k: int, name: str, place: Place) -> int | None:
         """Return the one model that is heard, where its factor is 1."""

@@ -44,7 +44,7 @@ class Ties(Operator):
     scope: Literal["tensor", "model"] = setting(
         "tensor", description="rank entries within a tensor, as mergekit, or within the whole model"
     )
-    int8_mask: bool = setting(False, description="accepted for mergekit plans; changes no value")
+    int8_mask: bool = shared(False, description="accepted for mergekit plans; changes no value")
 
     @property
     def survey_scope(self) -> Literal["tensor", "model"]:

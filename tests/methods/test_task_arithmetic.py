@@ -42,6 +42,11 @@ def test_weights_that_cancel_are_divided_by_1() -> None:
     assert merge(weight=(1.0, -1.0), normalize=True) == [8.0, 14.0]
 
 
+def test_words_that_have_no_effect_in_mergekit_either_say_so() -> None:
+    assert set(TaskArithmetic.without_effect) == {"density", "rescale"}
+    assert not set(TaskArithmetic.without_effect) & set(TaskArithmetic.model_fields)
+
+
 def test_int8_mask_changes_nothing() -> None:
     assert merge(weight=(0.5, 0.25), int8_mask=True) == merge(weight=(0.5, 0.25))
 
