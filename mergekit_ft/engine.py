@@ -104,7 +104,7 @@ class _IntoFiles:
 
 def resolve_plan(plan: PlanLike, options: Options) -> Resolution:
     """Read a plan and find its tensors; what differs between the configs becomes a note."""
-    reading = read(plan)
+    reading = read(plan, lenient=options.lenient)
     resolution = resolve(reading, offline=options.offline, allow_pickle=options.allow_pickle)
     for source in resolution.sources:
         if source is not resolution.donor:

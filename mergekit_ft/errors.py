@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class MergekitError(Exception):
@@ -21,6 +21,7 @@ class Fault:
     line: int = 0  # from 1; 0: no place in the text
     column: int = 0  # from 1
     kind: str = "plan"  # "plan" or "source": decides the exit code of a report
+    aside: str = field(default="", compare=False)  # label of what mergekit reads without effect
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file

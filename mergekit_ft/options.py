@@ -26,6 +26,7 @@ class Options:
     allow_non_finite: bool = False
     allow_unchanged: bool = False
     copy_code: bool = False
+    lenient: bool = False  # set aside, with remarks, what mergekit 0.1.5 reads without effect
 
     @property
     def torch_device(self) -> torch.device:
@@ -40,7 +41,7 @@ class Options:
 
     def kept(self) -> dict[str, Any]:
         """Return the options that a byte of the output can depend on."""
-        names = ("max_shard_size", "allow_non_finite", "copy_code", "allow_pickle")
+        names = ("max_shard_size", "allow_non_finite", "copy_code", "allow_pickle", "lenient")
         return {"device": self.torch_device.type, **{name: getattr(self, name) for name in names}}
 
 

@@ -180,11 +180,11 @@ class _Resolver:
         self._require_every_tensor()
         tasks = self._number_cells(self._tasks()) if lookup is not None else []
         if lookup is not None:
-            self.reading.faults += lookup.unused()
+            self.reading.take(lookup.unused())
         raise_faults(self.reading.faults)
         found = Resolution(self.plan, self.base, self.donor, self.members, tasks)
         found.unused = self._unused(found)
-        found.notes = list(self._notes(found))
+        found.notes = [*self.reading.told(), *self._notes(found)]
         return found
 
     def _tasks(self) -> list[Task]:

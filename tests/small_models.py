@@ -87,7 +87,8 @@ def merged(text: str, out: str = "out", *options: str) -> Result:
 def refused(code: int, said: str, text: str, out: str = "out", *options: str) -> str:
     """Merge by the text of a plan; it must end in this exit code and one line that says so."""
     result = cli("merge", "-", out, *options, text=text)
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("merging into")]
+    others = ("merging into", "hint: ")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(others)]
     assert result.exit_code == code, result.output
     assert len(lines) == 1, lines
     assert said in lines[0]

@@ -30,9 +30,20 @@ class Main(click.Group):
         except MergekitError as error:
             placed = isinstance(error, PlanError) or "\n" in str(error)  # each line has its place
             click.echo(str(error) if placed else f"error: {error}", err=True)
+            if ctx.invoked_subcommand in ("merge", "check") and isinstance(error, PlanError):
+                _say_way_out(error)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             merging = ctx.invoked_subcommand == "merge"
             more = "; the same command with --resume goes on from here" if merging else ""
             click.echo(f"\ninterrupted{more}", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _say_way_out(error: PlanError) -> None:
+    """Name what helps with words that mergekit reads without effect."""
+    idle = sum(bool(fault.aside) for fault in error.faults)
+    if idle:
+        of = "this" if len(error.faults) == 1 else f"{idle} of these {len(error.faults)}"
+        said = f"hint: mergekit reads {of} without effect: `mergekit-ft migrate` writes the plan "
+        click.echo(f"{said}without it, --lenient sets it aside", err=True)

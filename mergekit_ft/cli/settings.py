@@ -58,6 +58,9 @@ def merging(command: Command) -> Command:
             ),
             offline,
             allow_pickle,
+            click.option(
+                "--lenient", is_flag=True, help="Set aside what mergekit reads without effect."
+            ),
             click.option("--copy-code", is_flag=True, help="Bring the base's custom code along."),
         ),
     )

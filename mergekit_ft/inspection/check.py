@@ -24,7 +24,7 @@ Report = dict[str, Any]
 def check(plan: Any, options: Options) -> tuple[Report, Resolution]:
     """Return the report of a plan and the resolution it speaks of; raises every fault at once."""
     opening = {"offline": options.offline, "allow_pickle": options.allow_pickle}
-    resolution = resolve(read(plan), headers_only=True, **opening)
+    resolution = resolve(read(plan, lenient=options.lenient), headers_only=True, **opening)
     try:
         return report(resolution, options), resolution
     finally:

@@ -50,10 +50,11 @@ def reopen(
     receipt: Mapping[str, Any], out: Path, root: Path | None, *, offline: bool
 ) -> Resolution:
     """Resolve a receipt's plan again, at the revisions it names; relative paths are looked for."""
-    plan = read(receipt["plan"].rstrip("\n") + "\n").accepted()
+    lenient = bool(receipt["options"].get("lenient"))
+    plan = read(receipt["plan"].rstrip("\n") + "\n", lenient=lenient).accepted()
     pinned = _pinned(plan, _Finder(receipt, out, root))
     allow_pickle = bool(receipt["options"].get("allow_pickle"))
-    return resolve(read(pinned), offline=offline, allow_pickle=allow_pickle)
+    return resolve(read(pinned, lenient=lenient), offline=offline, allow_pickle=allow_pickle)
 
 
 class _Finder:

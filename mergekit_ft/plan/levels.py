@@ -119,14 +119,14 @@ class Levels:
             path: Keys = ("models", i, "parameters")
             if ("models", i) not in mine and entry.parameters:
                 message = f"parameters of the base model have no effect in {self.name}; remove them"
-                self.reading.add(path, message, key=True)
+                self.reading.add(path, message, key=True, aside=path)
                 continue
             for word in entry.parameters:
                 known = self._refuse_word(word, (*path, word))
                 if known and known.scope != "model":
                     message = f"'{word}' is one value for all models, without effect under one"
                     message += "; move it to the top-level `parameters:`"
-                    self.reading.add((*path, word), message, key=True)
+                    self.reading.add((*path, word), message, key=True, aside=(*path, word))
 
     def _refuse_word(self, word: str, path: Keys) -> Parameter | None:
         if word in self.known:
@@ -143,7 +143,7 @@ class Levels:
             hint = did_you_mean(word, self.known)
         where = "parameters" if self.step is None else self.name
         message = f"unknown key '{word}' under {where}{hint} {self.takes}"
-        self.reading.add(path, message, key=True)
+        self.reading.add(path, message, key=True, aside=path if self.step is None else None)
         return None
 
     def _table(self, parameter: Parameter) -> Table:

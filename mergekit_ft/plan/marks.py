@@ -60,6 +60,11 @@ def label(path: Keys) -> str:
     return "".join(steps).lstrip(".")
 
 
+def earlier(label: str, line: int) -> str:
+    """Return the label of a key that is given again further down."""
+    return f"{label} on line {line}"
+
+
 @dataclass
 class Tree:
     """What a text holds: plain values, their marks, and the faults of the text itself."""
@@ -100,11 +105,11 @@ for _tag, (_pattern, _first) in _SCALARS.items():
     )
 
 
-def parse(text: str, file: str) -> Tree:
-    """Return the one document of a text."""
+def parse(text: str, file: str, *, last: bool = False) -> Tree:
+    """Return the one document of a text; of a key that is given twice, the first or the last."""
     tree = Tree(None, Marks(), [])
     try:
-        _Builder(tree, file).build(_document(text), (), "", None)
+        _Builder(tree, file, last).build(_document(text), (), "", None)
     except _Refusal as refusal:
         tree.value = None
         line, column = _place(refusal.mark)
@@ -158,9 +163,10 @@ def _place(mark: yaml.Mark | None) -> tuple[int, int]:
 class _Builder:
     """Expand nodes into plain values, writing down marks and faults."""
 
-    def __init__(self, tree: Tree, file: str) -> None:
+    def __init__(self, tree: Tree, file: str, last: bool) -> None:
         self.tree = tree
         self.file = file
+        self.last = last
         self.nodes = 0
 
     def build(self, node: yaml.Node, path: Keys, name: str, key: yaml.Node | None) -> None:
@@ -192,9 +198,9 @@ class _Builder:
             if key.value in found:
                 first = found[key.value][0].start_mark.line + 1
                 message = f"key '{key.value}' is given twice (first on line {first}); keep one"
-                self._fault(message, key)
-                continue
-            found[key.value] = key, value
+                self._fault(message, key, aside=earlier(f"{name}.{key.value}".lstrip("."), first))
+            if self.last or key.value not in found:
+                found[key.value] = key, value
         for key, value in self._merged_pairs(node, len(path)):
             found.setdefault(key.value, (key, value))
         return {
@@ -241,8 +247,9 @@ class _Builder:
             self._fault(f"the tag {node.tag} has no meaning in a plan", node)
         return None if kind == "null" else text
 
-    def _fault(self, message: str, node: yaml.Node) -> None:
-        self.tree.faults.append(Fault(message, self.file, *_place(node.start_mark)))
+    def _fault(self, message: str, node: yaml.Node, aside: str = "") -> None:
+        place = _place(node.start_mark)
+        self.tree.faults.append(Fault(message, self.file, *place, aside=aside))
 
 
 def _plain(value: Any, path: Keys, marks: Marks) -> Any:

@@ -18,9 +18,13 @@ _SHORT |= {"fp32": "float32", "float": "float32", "f32": "float32", "single": "f
 _SHORT |= {"fp64": "float64", "double": "float64", "f64": "float64"}
 
 
-def refuse(message: str, at: tuple[str | int, ...] = ()) -> NoReturn:
-    """Refuse a value of a plan in our own words; `at` is the path below it."""
-    raise PydanticCustomError("plan", "{message}", {"message": message, "at": at})
+def refuse(message: str, at: tuple[str | int, ...] = (), *, aside: bool = False) -> NoReturn:
+    """Refuse a value of a plan in our own words; `at` is the path below it.
+
+    `aside` says that mergekit 0.1.5 reads it without effect, so that only it is set aside.
+    """
+    details = {"message": message, "at": at, "aside": aside}
+    raise PydanticCustomError("plan", "{message}", details)
 
 
 class _Words(BaseModel):
@@ -139,7 +143,7 @@ def _from_object(raw: dict[str, Any]) -> Any:
     unknown = [key for key in rest if key not in ("model", "path", "revision")]
     if unknown:
         hint = did_you_mean(unknown[0], ("model", "path", "revision"))
-        refuse(f"unknown key '{unknown[0]}' in a model{hint}", (unknown[0],))
+        refuse(f"unknown key '{unknown[0]}' in a model{hint}", (unknown[0],), aside=True)
     if set(rest) == {"model"}:
         inner = rest["model"]
         return _from_object(inner) if isinstance(inner, dict) else _split_text(inner, ("model",))

@@ -17,13 +17,16 @@ from mergekit_ft.plan.reading import Reading
 from mergekit_ft.plan.structure import build
 
 
-def read(plan: str | os.PathLike[str] | Mapping[str, Any]) -> Reading:
-    """Return a plan given as a file, as YAML text, or as a mapping, and all its faults."""
+def read(plan: str | os.PathLike[str] | Mapping[str, Any], *, lenient: bool = False) -> Reading:
+    """Return a plan given as a file, as YAML text, or as a mapping, and all its faults.
+
+    A lenient reading sets aside, with a remark, what mergekit 0.1.5 reads without effect.
+    """
     if isinstance(plan, Mapping):
         tree = marks.of_value(dict(plan))
-        return _read_tree(tree, "plan", yaml.safe_dump(tree.value, sort_keys=False))
+        return _read_tree(tree, "plan", yaml.safe_dump(tree.value, sort_keys=False), lenient)
     if isinstance(plan, str) and _is_text(plan):
-        return _read_tree(marks.parse(plan, "plan"), "plan", plan)
+        return read_text(plan, "plan", lenient=lenient)
     file = os.fspath(plan)
     try:
         text = Path(file).expanduser().read_bytes().decode("utf-8-sig")
@@ -32,7 +35,13 @@ def read(plan: str | os.PathLike[str] | Mapping[str, Any]) -> Reading:
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         return _unreadable(file, f"cannot be read: {reason}")
-    return _read_tree(marks.parse(text, file), file, text)
+    return read_text(text, file, lenient=lenient)
+
+
+def read_text(text: str, file: str, *, lenient: bool = False) -> Reading:
+    """Return the plan in a text that stands in a file."""
+    tree = marks.parse(text, file, last=lenient)  # of two like keys, mergekit goes by the last
+    return _read_tree(tree, file, text, lenient)
 
 
 def _is_text(plan: str) -> bool:
@@ -46,8 +55,9 @@ def _unreadable(file: str, message: str) -> Reading:
     return Reading(None, [Fault(message, file)], marks.Marks(), file)
 
 
-def _read_tree(tree: marks.Tree, file: str, text: str) -> Reading:
-    reading = Reading(None, tree.faults, tree.marks, file, text)
+def _read_tree(tree: marks.Tree, file: str, text: str, lenient: bool) -> Reading:
+    reading = Reading(None, [], tree.marks, file, text, lenient=lenient)
+    reading.take(tree.faults)
     if () not in tree.marks or (tree.value is None and tree.faults):
         return reading
     build(tree.value, reading)

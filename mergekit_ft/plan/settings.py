@@ -144,7 +144,7 @@ class _Reader:
                 hint = did_you_mean(key, ENTRY_KEYS)
                 valid = ", ".join(ENTRY_KEYS)
                 message = f"unknown key '{key}' in an entry of {self.parameter.word}{hint}"
-                self._fault((*path, key), f"{message} (valid: {valid})", key=True)
+                self._idle((*path, key), f"{message} (valid: {valid})", key=True)
         if "value" not in raw:
             self._fault(path, f"this entry of {self.parameter.word} has no `value:`")
             return None
@@ -157,7 +157,7 @@ class _Reader:
         """Return a scalar or a gradient in the method's type."""
         items = list(enumerate(raw)) if isinstance(raw, list) else [(None, raw)]
         if not items:
-            self._fault(path, f"an empty list gives {self.parameter.word} no value")
+            self._idle(path, f"an empty list gives {self.parameter.word} no value")
             return _NO_VALUE
         values = [self._scalar(item, path if i is None else (*path, i)) for i, item in items]
         if any(value is _NO_VALUE for value in values):
@@ -215,6 +215,12 @@ class _Reader:
             self._fault(path, f"layers {text} is empty; write {last}..{first}")
             return ()
         return first, last
+
+    def _idle(self, path: Keys, message: str, *, key: bool = False) -> None:
+        """Report what the rest does without, as mergekit does."""
+        aside = path if path[0] != "then" else None
+        self.broken = self.broken or aside is None
+        self.reading.add(path, message, key=key, aside=aside)
 
     def _fault(self, path: Keys, message: str, *, key: bool = False) -> None:
         self.broken = True

@@ -73,21 +73,33 @@ def _set_aside(
 ) -> None:
     """Report one of pydantic's errors and take the node it is about out of the tree."""
     path = tuple(details["loc"])
-    below = details.get("ctx", {}).get("at", ()) if details["type"] == "plan" else ()
+    context = details.get("ctx", {}) if details["type"] == "plan" else {}
+    below, within = context.get("at", ()), context.get("aside", False)
     label = f"{reading.marks.label(path[:-1])}.{path[-1]}"
     if label not in told:  # what was set aside before is missing now
         message = _message(details, path, tree)
         at_key = details["type"] == "extra_forbidden" or bool(below)
-        reading.add((*path, *below), message, key=at_key)
+        idle = (*path, *below) if within or _is_idle(details, path, tree) else None
+        reading.add((*path, *below), message, key=at_key, aside=idle)
     told.add(label)
     if details["type"] == "extra_forbidden":  # `mdoel:` is no second fault for want of `model:`
         told.update(
             f"{label.rpartition('.')[0]}.{near}" for near in nearest(str(path[-1]), ["model"])
         )
-    node = path[:-1] if details["type"] == "missing" else _within(path, tree)
-    if details["type"] != "extra_forbidden":
+    node = path[:-1] if details["type"] == "missing" else _within((*path, *below), tree)
+    if not within:
+        node = node[: len(path)]
+    if details["type"] != "extra_forbidden" and not within:
         reading.torn.add(reading.marks.label(node))
     _remove(node, tree, reading)
+
+
+def _is_idle(details: ErrorDetails, path: Keys, tree: dict[str, Any]) -> bool:
+    """Say whether mergekit reads over a key, and the plan is whole without it."""
+    if details["type"] != "extra_forbidden" or (len(path) == 1 and path[0] in NOT_YET):
+        return False
+    spells_model = bool(nearest(str(path[-1]), ["model"])) and len(path) > 1
+    return not (spells_model and "model" not in _at(path[:-1], tree))
 
 
 def _at(path: Keys, tree: Any) -> Any:

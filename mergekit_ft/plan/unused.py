@@ -39,22 +39,32 @@ def without_effect(settings: Iterable[Setting], seen: Seen, reading: Reading) ->
 
 def _idle(setting: Setting, seen: Seen, reading: Reading) -> list[Fault]:
     unmatched = [clause for clause in setting.clauses if clause not in seen.matched]
-    found = [_matches_nothing(clause, seen, reading) for clause in unmatched]
+    found = [_matches_nothing(setting, clause, seen, reading) for clause in unmatched]
     shadowed = [c for c in setting.clauses if c in seen.matched and c not in seen.decided]
     if shadowed and not any(clause in seen.decided for clause in setting.clauses):
         message = f"'{setting.path[-1]}' has no effect here: every tensor's value comes from a"
         message += " nearer level (each model gives its own); remove it"
-        return [*found, reading.fault(setting.path, message, key=True)]
+        return [*found, reading.fault(setting.path, message, key=True, aside=_aside(setting))]
     message = "this entry never decides: earlier ones take every tensor it is for; remove it"
-    return found + [reading.fault(clause.path, message) for clause in shadowed]
+    return found + [reading.fault(c.path, message, aside=_aside(setting, c)) for c in shadowed]
 
 
-def _matches_nothing(clause: Clause, seen: Seen, reading: Reading) -> Fault:
+def _aside(setting: Setting, clause: Clause | None = None) -> Keys | None:
+    """Return the path of what mergekit reads without effect; None where a word is ours alone."""
+    clauses = setting.clauses if clause is None else (clause,)
+    ours = any(c.selector and (c.selector.match or c.selector.layers) for c in setting.clauses)
+    if ours or setting.path[0] == "then":
+        return None
+    return clauses[0].path if clause is not None else setting.path
+
+
+def _matches_nothing(setting: Setting, clause: Clause, seen: Seen, reading: Reading) -> Fault:
     selector = clause.selector
     assert selector is not None  # what has no selector matches every tensor
     key, hint = _reason(selector, seen)
     path: Keys = (*clause.path, key)
-    return reading.fault(path, f"{selector} matches no tensor{hint}")
+    said = f"{selector} matches no tensor{hint}"
+    return reading.fault(path, said, aside=_aside(setting, clause))
 
 
 def _reason(selector: Selector, seen: Seen) -> tuple[str, str]:
