@@ -131,11 +131,10 @@ class Levels:
     def _refuse_word(self, word: str, path: Keys) -> Parameter | None:
         if word in self.known:
             return self.known[word]
+        aside = path if self.step is None else None  # mergekit has no `then:`
         if word in self.without_effect:
-            why = self.without_effect[word]
-            self.reading.add(
-                path, f"'{word}' has no effect in {self.name}: {why}; remove it", key=True
-            )
+            message = f"'{word}' has no effect in {self.name}: {self.without_effect[word]}"
+            self.reading.add(path, f"{message}; remove it", key=True, aside=aside)
             return None
         if word in Plan.model_fields and word != "name":
             hint = "; it belongs at the top level of the plan"
@@ -143,7 +142,7 @@ class Levels:
             hint = did_you_mean(word, self.known)
         where = "parameters" if self.step is None else self.name
         message = f"unknown key '{word}' under {where}{hint} {self.takes}"
-        self.reading.add(path, message, key=True, aside=path if self.step is None else None)
+        self.reading.add(path, message, key=True, aside=aside)
         return None
 
     def _table(self, parameter: Parameter) -> Table:
