@@ -1,4 +1,4 @@
-"""`--lenient`: what mergekit reads without effect is set aside, told and kept; no more than that."""
+"""`--lenient` sets aside what mergekit reads without effect, tells it, and does no more."""
 
 from __future__ import annotations
 
