@@ -185,12 +185,14 @@ def _refuse_sources_as_out(resolution: Resolution, out: Path) -> None:
     """Refuse an OUT that would replace a model, or come along as one of its side files."""
     place = out.resolve()
     for source in resolution.sources:
-        folder = source.folder and source.folder.resolve()
-        if folder and (folder.is_relative_to(place) or place.is_relative_to(folder)):
-            raise WriteError(
-                f"{out} is, holds or lies in {source.reference}, which the plan reads; name "
-                "another folder"
-            )
+        single = [] if source.folder else [file.path for file in source.inputs.values()]
+        for path in [source.folder] if source.folder else single:
+            real = path.resolve()
+            if real.is_relative_to(place) or place.is_relative_to(real):
+                raise WriteError(
+                    f"{out} is, holds or lies in {source.reference}, which the plan reads; name "
+                    "another folder"
+                )
 
 
 def _require_change(resolution: Resolution, writer: Writer, options: Options) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,13 @@ def load(plan: PlanLike, *, model_class: Any = None, **options: Any) -> Any:
     import transformers
 
     with open_plan(plan, **options) as tensors:
-        folder = Path(tensors.resolution.donor.folder or "")
+        donor = tensors.resolution.donor
+        if not donor.config or donor.folder is None:
+            raise PlanError(
+                f"{donor.reference} has no config.json, so no model can be made of its tensors; "
+                "open_plan gives the tensors"
+            )
+        folder = donor.folder
         settings = transformers.AutoConfig.from_pretrained(folder)
         named = (settings.architectures or [""])[0]
         chosen = model_class or getattr(transformers, named, None)

@@ -71,22 +71,23 @@ class _Finder:
         if revisions:
             pinned = revisions.pop() if len(revisions) == 1 else model.revision
             return {"path": model.path} | ({"revision": pinned} if pinned else {})
-        return {"path": str(self._folder(model.path, entries))}
+        return {"path": str(self._local(model.path, entries))}
 
-    def _folder(self, path: str, entries: Sequence[Mapping[str, Any]]) -> Path:
-        there = [home / path for home in self._homes if (home / path).is_dir()]
+    def _local(self, path: str, entries: Sequence[Mapping[str, Any]]) -> Path:
+        there = [home / path for home in self._homes if (home / path).exists()]
         if not there:
             homes = f"{self._homes[0]}" + ("" if len(self._homes) == 1 else " or above the output")
             raise Absent(
                 f"{path}: not found from {homes}; --root names the folder that the plan's "
                 "relative paths start from"
             )
-        return next((folder for folder in there if _has_sizes(folder, entries)), there[0])
+        return next((place for place in there if _has_sizes(place, entries)), there[0])
 
 
-def _has_sizes(folder: Path, entries: Sequence[Mapping[str, Any]]) -> bool:
+def _has_sizes(place: Path, entries: Sequence[Mapping[str, Any]]) -> bool:
     files = [item for entry in entries for item in entry["files"].items()]
-    paths = [(folder / name, file["size"]) for name, file in files]
+    whole = place.is_file()  # a source of a single file
+    paths = [(place if whole else place / name, file["size"]) for name, file in files]
     return all(path.is_file() and os.path.getsize(path) == size for path, size in paths)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints opened lazily: a folder of safetensors or a repo on the hub."""
+"""Checkpoints opened lazily: a folder of safetensors, a single file, or a repo on the hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from mergekit_ft.errors import SourceError
 from mergekit_ft.sources.folder import open_folder
 from mergekit_ft.sources.header import SourceFile, TensorInfo
+from mergekit_ft.sources.raw import open_raw
 from mergekit_ft.sources.source import Source
 
 __all__ = ["Source", "SourceFile", "TensorInfo", "open_source"]
@@ -24,16 +25,16 @@ def open_source(
     headers_only: bool = False,
     endpoint: str | None = None,
 ) -> Source:
-    """Open a folder, or `org/name` with an optional `@revision` on the hub."""
+    """Open a folder, a file of tensors, or `org/name` with an optional `@revision` on the hub."""
     path = _expanded(reference)
-    if path.is_dir():
+    if path.exists():
         if revision is not None:
             raise SourceError(
-                f"{reference}: a folder has no revision ({revision!r} was asked for): leave it out"
+                f"{reference}: is local and has no revision ({revision!r} was asked for): leave it "
+                "out"
             )
-        return open_folder(path, reference, allow_pickle=allow_pickle)
-    if path.exists():
-        raise _a_file(reference, path)
+        opening = open_folder if path.is_dir() else open_raw
+        return opening(path, reference, allow_pickle=allow_pickle)
     repo, revision = _hub_id(reference, revision)
     from mergekit_ft.sources.hub import open_repo
 
@@ -55,15 +56,6 @@ def _expanded(reference: str) -> Path:
         return Path(reference).expanduser()
     except RuntimeError as error:
         raise SourceError(f"{reference}: {error}") from error
-
-
-def _a_file(reference: str, path: Path) -> SourceError:
-    if path.suffix == ".safetensors":
-        return SourceError(
-            f"{reference}: a single file is not a checkpoint yet: put it in a folder with its "
-            "config.json and name the folder"
-        )
-    return SourceError(f"{reference}: is a file, not a checkpoint's folder: name the folder")
 
 
 def _hub_id(reference: str, revision: str | None) -> tuple[str, str | None]:

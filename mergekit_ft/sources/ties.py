@@ -62,7 +62,7 @@ def ties(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[s
     """Map each name that is tied to the tensor it is tied to; the name may be absent."""
     found = _sides(tensors)
     found.update({name: to for name, to in BIASES.items() if to in tensors})
-    if tie_word_embeddings(config):
+    if config and tie_word_embeddings(config):  # without a config every tensor is its own
         found.update(_heads(tensors, found))
     return {name: to for name, to in found.items() if _fits(tensors, name, to)}
 
