@@ -19,11 +19,17 @@ def keep_mask(key: tuple[int, int], start: int, probability: float, rows: Tensor
 
     `start` is the tensor's flat index of the first element; rows is (2, n), floating.
     """
-    limit = min(round(probability * 2**31), 2**31 - 1)
+    return keep_below(key, start, min(round(probability * 2**31), 2**31 - 1), rows)
+
+
+def keep_below(key: tuple[int, int], start: int, limits: Tensor | int, rows: Tensor) -> Tensor:
+    """Return the same where an element's limit, of its own if limits is (n,), is p 2^31."""
     begin, stop = start, start + rows.shape[1]
     while begin < stop:  # runs that int32 can count, within which the index's upper word stays
         end = min(stop, (begin // 2**31 + 1) * 2**31)
-        run = rows[:, begin - start : end - start]
+        part = slice(begin - start, end - start)
+        limit = limits if isinstance(limits, int) else limits[part]
+        run = rows[:, part]
         torch.lt(_random_bits(key, begin, run), limit, out=run[1])
         begin = end
     return rows[1]
