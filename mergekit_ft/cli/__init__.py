@@ -9,6 +9,7 @@ from mergekit_ft.cli.group import DIFFERENT, EXIT_CODES, INTERRUPTED, Main
 from mergekit_ft.cli.looking import inspect, verify
 from mergekit_ft.cli.merging import check, merge
 from mergekit_ft.cli.methods import card, methods, schema
+from mergekit_ft.cli.migrating import migrate
 
 __all__ = ["DIFFERENT", "INTERRUPTED", "main"]
 
@@ -19,5 +20,5 @@ def main() -> None:
     """Merge checkpoints of open models: streamed, checked, reproducible."""
 
 
-for command in (merge, check, verify, inspect, methods, card, schema):
+for command in (merge, check, verify, migrate, inspect, methods, card, schema):
     main.add_command(command)

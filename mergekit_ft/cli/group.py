@@ -44,6 +44,7 @@ def _say_way_out(error: PlanError) -> None:
     """Name what helps with words that mergekit reads without effect."""
     idle = sum(bool(fault.aside) for fault in error.faults)
     if idle:
-        of = "this" if len(error.faults) == 1 else f"{idle} of these {len(error.faults)}"
+        count = len(error.faults)
+        of = f"{idle} of these {count}" if idle < count else "this" if count == 1 else "all of this"
         said = f"hint: mergekit reads {of} without effect: `mergekit-ft migrate` writes the plan "
-        click.echo(f"{said}without it, --lenient sets it aside", err=True)
+        click.echo(f"{said}without, --lenient sets it aside", err=True)

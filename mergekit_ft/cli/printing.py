@@ -23,7 +23,10 @@ def json_of(value: Any) -> None:
 
 def plan_of(plan: str) -> str:
     """Return the plan's file, or the text that stdin gives."""
-    return sys.stdin.read() + "\n" if plan == "-" else plan
+    if plan != "-":
+        return plan
+    text = sys.stdin.read()
+    return text if "\n" in text else text + "\n"  # a line's end tells a text from a file's name
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class _Refusal(Exception):
         self.mark = mark
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `1e-5` is a number; `no`, `on`, `12:30` and dates are text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (pyyaml's own spelling)
@@ -100,7 +100,7 @@ _SCALARS = {
     "merge": (r"<<", ["<"]),
 }
 for _tag, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(
+    Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
     )
 
@@ -126,7 +126,7 @@ def of_value(value: Any) -> Tree:
 
 def _document(text: str) -> yaml.Node:
     try:
-        nodes = [node for node in yaml.compose_all(text, _Loader) if not _is_empty(node)]
+        nodes = [node for node in yaml.compose_all(text, Loader) if not _is_empty(node)]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise _Refusal(_syntax(error.problem or error.context or ""), mark) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_ft.errors import Fault
+from mergekit_ft.errors import Fault, PlanError
 from mergekit_ft.plan import marks
 from mergekit_ft.plan.checks import adjustments, check_models, check_then, check_twice, method_of
 from mergekit_ft.plan.parameters import Lookup
@@ -25,17 +25,26 @@ def read(plan: str | os.PathLike[str] | Mapping[str, Any], *, lenient: bool = Fa
     if isinstance(plan, Mapping):
         tree = marks.of_value(dict(plan))
         return _read_tree(tree, "plan", yaml.safe_dump(tree.value, sort_keys=False), lenient)
+    try:
+        text, file = load(plan)
+    except PlanError as error:
+        return Reading(None, error.faults, marks.Marks(), os.fspath(plan))
+    return read_text(text, file, lenient=lenient)
+
+
+def load(plan: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return the text of a plan and the file that it stands in."""
     if isinstance(plan, str) and _is_text(plan):
-        return read_text(plan, "plan", lenient=lenient)
+        return plan, "plan"
     file = os.fspath(plan)
     try:
-        text = Path(file).expanduser().read_bytes().decode("utf-8-sig")
+        return Path(file).expanduser().read_bytes().decode("utf-8-sig"), file
     except UnicodeDecodeError as error:
-        return _unreadable(file, f"not UTF-8 text (byte {error.start}); a plan is a YAML file")
+        message = f"not UTF-8 text (byte {error.start}); a plan is a YAML file"
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        return _unreadable(file, f"cannot be read: {reason}")
-    return read_text(text, file, lenient=lenient)
+        message = f"cannot be read: {reason}"
+    raise PlanError([Fault(message, file)])
 
 
 def read_text(text: str, file: str, *, lenient: bool = False) -> Reading:
@@ -49,10 +58,6 @@ def _is_text(plan: str) -> bool:
     if "\n" in plan:
         return True
     return not os.path.exists(plan) and (": " in plan or plan.lstrip().startswith("{"))
-
-
-def _unreadable(file: str, message: str) -> Reading:
-    return Reading(None, [Fault(message, file)], marks.Marks(), file)
 
 
 def _read_tree(tree: marks.Tree, file: str, text: str, lenient: bool) -> Reading:
