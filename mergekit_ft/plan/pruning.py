@@ -49,7 +49,8 @@ def below(name: str, step: str | int) -> str:
 
 def _cut(text: str, labels: Collection[str]) -> str:
     cutter = _Cutter(text, labels)
-    cutter.empties(yaml.compose(text, marks.Loader), "")
+    if (root := yaml.compose(text, marks.Loader)) is not None:
+        cutter.empties(root, "")
     rest, end = "", 0
     for start, stop in sorted(cutter.spans):
         rest += text[end : max(end, start)]
