@@ -23,6 +23,7 @@ from mergekit_ft.plan import read
 from mergekit_ft.resolution import Ref, Resolution, Task, resolve
 from mergekit_ft.sources import SourceFile
 from mergekit_ft.sources.dtypes import SIZE
+from mergekit_ft.sources.sides import PLAN
 from mergekit_ft.writer import Writer
 
 CARD, INDEX = "README.md", "model.safetensors.index.json"
@@ -140,18 +141,21 @@ def _surround(
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         (part / INDEX).write_text(text, encoding="utf-8")
         names.append(INDEX)
-    (part / CARD).write_text(card.card(resolution, writer.out.name), encoding="utf-8")
-    outputs = {
-        name: {"size": (part / name).stat().st_size, "sha256": digests.of(part / name)}
-        for name in (*names, CARD)
-    }
+    (part / PLAN).write_bytes(resolution.plan.text.encode())  # line ends as they were written
+    outputs = {name: _recorded(part / name, digests) for name in (*names, PLAN)}
     inputs = {
         str(source): {name: _identified(file, digests) for name, file in source.inputs.items()}
         for source in resolution.sources
     }
-    return lock.receipt(
-        resolution, outputs, inputs, writer.findings, options.kept(), writer.changed
-    )
+    parts = (inputs, writer.findings, options.kept(), writer.changed)
+    text = card.card(resolution, lock.receipt(resolution, outputs, *parts))
+    (part / CARD).write_text(text, encoding="utf-8")
+    outputs[CARD] = _recorded(part / CARD, digests)
+    return lock.receipt(resolution, outputs, *parts)
+
+
+def _recorded(path: Path, digests: Digests) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": digests.of(path)}
 
 
 def _identified(file: SourceFile, digests: Digests) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mergekit_ft.checkpoint import card, config, layout, lock, sides
+from mergekit_ft.checkpoint import card, config, layout, licences, lock, sides
 from mergekit_ft.errors import SourceError
 from mergekit_ft.plan import read
 from mergekit_ft.resolution import Resolution, resolve
@@ -294,28 +294,84 @@ def front_matter(text: str) -> Any:
     return yaml.safe_load(text.split("---\n")[1])
 
 
+def card_of(resolution: Any) -> str:
+    file = {"size": 3, "sha256": "00"}
+    changed = dict.fromkeys([task.name for task in resolution.tasks], True)
+    changed[resolution.tasks[0].name] = False
+    return card.card(
+        resolution, lock.receipt(resolution, {"b.safetensors": file}, {}, {}, {}, changed)
+    )
+
+
+def licensed(home: Path, **names: str) -> Any:
+    """Return a resolution of models whose cards state these licences."""
+    words = {"merge_method": "task_arithmetic", "parameters": {"weight": 0.5}, "models": []}
+    for name, front in names.items():
+        folder = write_checkpoint(home / name, weights())
+        (folder / "README.md").write_text(f"---\n{front}\n---\n")
+        words["models"].append({"model": str(folder)})
+    return resolve(read(words | {"base_model": str(home / next(iter(names)))}))
+
+
+def test_licences_that_agree_are_the_cards(tmp_path: Path) -> None:
+    found = licensed(tmp_path, base="license: mit", one="license: mit")
+    assert list(licences.warnings(found)) == []
+    assert front_matter(card_of(found))["license"] == "mit"
+
+
+def test_licences_that_conflict_are_told_and_the_card_names_none(tmp_path: Path) -> None:
+    found = licensed(tmp_path, base="license: mit", one="license: [apache-2.0, gpl-3.0]")
+    (told,) = licences.warnings(found)
+    assert "differ" in told and f"{tmp_path / 'one'}: apache-2.0 and gpl-3.0" in told
+    assert "license" not in front_matter(card_of(found))
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "license: cc-by-nc-4.0",
+        "license: other\nlicense_name: mistral-ai-research-licence",
+        "license_name: Acme Non-Commercial",
+    ],
+)
+def test_a_licence_that_speaks_against_commercial_use_is_told(tmp_path: Path, front: str) -> None:
+    (told,) = licences.warnings(licensed(tmp_path, base=front, one=front))
+    assert "speak against commercial use" in told and str(tmp_path / "one") in told
+
+
+def test_a_model_that_states_no_licence_beside_one_that_does_is_told(tmp_path: Path) -> None:
+    found = licensed(tmp_path, base="license: mit", one="tags: [x]")
+    (told,) = licences.warnings(found)
+    assert told.startswith(f"no licence is stated by {tmp_path / 'one'}")
+    assert f"- `{tmp_path / 'one'}`: licence not stated\n" in card_of(found)
+
+
+def test_a_card_of_odd_front_matter_states_nothing(tmp_path: Path) -> None:
+    for i, front in enumerate(("license: {a: b", "- license", "license:")):
+        found = licensed(tmp_path / str(i), base=front, one=front)
+        assert list(licences.warnings(found)) == []
+
+
 def test_the_card_says_what_was_merged_and_how_to_check_it(tmp_path: Path) -> None:
-    text = card.card(resolved(with_sides(tmp_path)), "maths-chat")
+    text = card_of(resolved(with_sides(tmp_path)))
     assert front_matter(text) == {
         "license": "apache-2.0",
         "library_name": "transformers",
         "tags": ["merge", "mergekit-ft"],
     }
-    assert "\n# maths-chat\n" in text
+    assert "\n# linear merge of base + other\n" in text
     assert "`linear`" in text and "weighted average" in text
+    assert f"- `{tmp_path / 'base'}`: licence apache-2.0\n" in text
+    assert "- Changed 3 of 4 tensors.\n" in text
+    assert "| `b.safetensors` | 3 | `00` |" in text
     assert "mergekit-ft verify" in text
 
 
 def test_the_card_names_models_of_the_hub_and_no_folders(tmp_path: Path) -> None:
     resolution = resolved(write_checkpoint(tmp_path / "base", weights()))
-    entry = resolution.plan.models[0]
-    hub = entry.model_copy(
-        update={"model": entry.model.model_copy(update={"path": "some-org/model.v1"})}
-    )
-    plan = resolution.plan.model_copy(update={"models": (hub, resolution.plan.models[1])})
-    resolution.plan = plan
-    front = front_matter(card.card(resolution, "out"))
-    assert front["base_model"] == ["some-org/model.v1"]
+    resolution.donor.reference = "some-org/model.v1@main+some-org/adapter"
+    front = front_matter(card_of(resolution))
+    assert front["base_model"] == ["some-org/model.v1", "some-org/adapter"]
     assert front["base_model_relation"] == "merge"
 
 
@@ -325,7 +381,7 @@ def test_the_card_holds_the_plan_word_for_word_even_with_fences_in_it(tmp_path: 
         f"# ``` a comment with a fence\nmerge_method: linear\nmodels:\n  - model: {base}\n"
         "    parameters: {weight: 1.0}\n"
     )
-    found = card.card(resolve(read(text)), "out")
+    found = card_of(resolve(read(text)))
     assert f"````yaml\n{text}````\n" in found
 
 

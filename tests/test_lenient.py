@@ -84,6 +84,7 @@ def test_remarks_are_kept_in_the_receipt_and_verify_reads_the_plan_as_the_merge_
     assert lock["options"]["lenient"] is True
     assert lock["plan"].rstrip() == text.rstrip()
     assert lock["notes"][0].startswith(said)
+    assert "\n- plan:5:1: unknown key 'modles'" in Path("out/README.md").read_text()
     assert cli("verify", "out", "--full").exit_code == 0
 
 

@@ -79,6 +79,7 @@ def test_merging_again_in_other_shards_leaves_no_stale_file() -> None:
     assert {path.name for path in Path("out").iterdir()} == {
         "README.md",
         "config.json",
+        "mergekit_config.yml",
         "mergekit_ft.lock.json",
         "model.safetensors",
     }
@@ -218,8 +219,11 @@ def test_other_weights_beside_the_model_are_named_and_stay_behind() -> None:
 def test_the_card_of_the_base_is_kept_apart_and_ours_carries_its_licence() -> None:
     card = b"---\nlicense: apache-2.0\ntags: [x]\n---\n# Base\n"
     Path("base/README.md").write_bytes(card)
+    plan = b"merge_method: of the base\r\n"
+    Path("base/mergekit_config.yml").write_bytes(plan)
     merged(arithmetic())
     assert Path("out/README.base.md").read_bytes() == card
+    assert Path("out/mergekit_config.base.yml").read_bytes() == plan
     front = yaml.safe_load(Path("out/README.md").read_text().split("---\n")[1])
     expected: dict[str, Any] = {
         "license": "apache-2.0",
@@ -227,3 +231,11 @@ def test_the_card_of_the_base_is_kept_apart_and_ours_carries_its_licence() -> No
         "tags": ["merge", "mergekit-ft"],
     }
     assert front == expected
+
+
+def test_the_same_merge_has_the_same_files_whatever_the_folders_name() -> None:
+    for out in ("one", "other"):
+        Path("plan.yaml").write_bytes(arithmetic().replace("\n", "\r\n").encode())
+        assert cli("merge", "plan.yaml", out).exit_code == 0
+    assert hashes("one") == hashes("other")
+    assert Path("one/mergekit_config.yml").read_bytes() == Path("plan.yaml").read_bytes()

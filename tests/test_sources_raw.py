@@ -51,7 +51,12 @@ def test_two_files_merge_into_a_folder_with_one_file() -> None:
     for name, wanted in half_of_both().items():
         torch.testing.assert_close(made[name], wanted)
     names = {path.name for path in Path("out").iterdir()}
-    assert names == {"model.safetensors", "README.md", "mergekit_ft.lock.json"}
+    assert names == {
+        "model.safetensors",
+        "README.md",
+        "mergekit_config.yml",
+        "mergekit_ft.lock.json",
+    }
 
 
 def test_a_merge_of_files_verifies() -> None:

@@ -78,7 +78,7 @@ def test_a_fresh_merge_is_as_recorded_in_every_dtype(home: Path, dtype: torch.dt
     prepared(home, dtype)
     report = verify.verify(merged(home), sample=None)
     assert report["ok"]
-    assert report["files"]["checked"] == 3  # weights, config, card
+    assert report["files"]["checked"] == 4  # weights, config, card, plan
     assert report["inputs"]["checked"] == 3
     assert (report["tensors"]["recomputed"], report["tensors"]["of"]) == (7, 7)
 

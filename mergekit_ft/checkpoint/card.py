@@ -1,50 +1,46 @@
-"""The model card of the output: what was merged, how, and how to check it."""
+"""The model card of the output: what was merged, how, from what, and how to check it."""
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from mergekit_ft import registry
-from mergekit_ft.sources.sides import RECEIPT
+from mergekit_ft.checkpoint import licences
+from mergekit_ft.sources.sides import PLAN, RECEIPT
 
 if TYPE_CHECKING:
-    from mergekit_ft.plan import ModelReference
     from mergekit_ft.resolution import Resolution
     from mergekit_ft.sources import Source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*")
-FRONT = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
-LICENCE = ("license", "license_name", "license_link")
-LONGEST = 1 << 20  # bytes of a card that are read
+WEIGHTS = ".safetensors"
 
 
-def card(resolution: Resolution, name: str) -> str:
-    """Return the README.md of the output."""
+def card(resolution: Resolution, receipt: Mapping[str, Any]) -> str:
+    """Return the README.md of the output; the receipt may lack the card itself."""
     plan = resolution.plan
     front = yaml.safe_dump(_front(resolution), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front}---",
-        f"# {plan.name or name}",
+        f"# {plan.name or _title(resolution)}",
         f"A merge of open models, made with mergekit-ft by `{plan.merge_method}`.",
         f"- **Method** `{plan.merge_method}`: {registry.summary(plan.merge_method)}",
         *(f"- **Then** `{s.method}`: {registry.summary(s.method)}" for s in plan.then),
         _models(resolution),
-        f"## Plan\n\n{_fenced(plan.text, 'yaml')}",
+        f"## Plan\n\n{_fenced(plan.text.strip(), 'yaml')}\n\n`{PLAN}` holds the same text.",
+        *_section("Notes", receipt["notes"]),
+        _receipt(receipt),
         f"## Verify\n\n`{RECEIPT}` has the SHA-256 of every file that went in and came out. This "
         f"hashes them again and recomputes a sample of the tensors:\n\n"
         f"{_fenced('mergekit-ft verify .', 'bash')}",
     ]
     return _joined(parts)
-
-
-def licence(source: Source) -> dict[str, Any]:
-    """Return what the front matter of a model's card says of its licence."""
-    front = _front_matter(source.folder / "README.md") if source.folder else {}
-    return {key: front[key] for key in LICENCE if key in front}
 
 
 def _joined(parts: list[str]) -> str:
@@ -53,32 +49,68 @@ def _joined(parts: list[str]) -> str:
     return re.sub(r"(?m)^(- .*)\n\n(?=- )", r"\1\n", text)
 
 
+def _section(title: str, items: Iterable[str]) -> Iterator[str]:
+    """Yield a list under a title, where it holds something."""
+    listed = [f"- {_plain(item)}" for item in items]
+    if listed:
+        yield "\n".join([f"## {title}\n", *listed])
+
+
+def _plain(text: str) -> str:
+    """Return text that Markdown leaves as it is, on one line."""
+    return re.sub(r"([\\`*_<>|#\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def _title(resolution: Resolution) -> str:
+    """Return what the merge is: no place where it lies, so that a copy's card is the same."""
+    names = [PurePath(source.reference).name for source in resolution.members]
+    return f"{resolution.plan.merge_method} merge of {' + '.join(dict.fromkeys(names))}"
+
+
 def _front(resolution: Resolution) -> dict[str, Any]:
-    named = [model.path for model in _named(resolution) if _on_hub(model)]
-    front: dict[str, Any] = dict(licence(resolution.donor))
+    named = [model for source in resolution.sources for model in _on_hub(source)]
+    front = dict(licences.agreed(resolution))
     if named:
         front |= {"base_model": list(dict.fromkeys(named)), "base_model_relation": "merge"}
-    return front | {"library_name": "transformers", "tags": ["merge", "mergekit-ft"]}
+    if resolution.donor.config:
+        front["library_name"] = "transformers"
+    return front | {"tags": ["merge", "mergekit-ft"]}
 
 
-def _named(resolution: Resolution) -> list[ModelReference]:
-    plan = resolution.plan
-    base = [plan.base_model] if plan.base_model is not None else []
-    return [*base, *(entry.model for entry in plan.models)]
-
-
-def _on_hub(model: ModelReference) -> bool:
-    return model.local is None and HUB_ID.fullmatch(model.path) is not None
+def _on_hub(source: Source) -> Iterator[str]:
+    """Yield the repos that a source was made of: a model's, and its adapter's."""
+    for part in source.reference.split("+"):
+        name = part.partition("@")[0]
+        if HUB_ID.fullmatch(name) and not os.path.exists(name):
+            yield name
 
 
 def _models(resolution: Resolution) -> str:
-    base = resolution.plan.base_model
     lines = ["## Models\n"]
-    for model in dict.fromkeys(map(str, _named(resolution))):
-        role = " (base)" if base is not None and model == str(base) else ""
-        lines.append(f"- `{model}`{role}")
+    for source in resolution.sources:
+        role = " (base)" if source is resolution.base else ""
+        lines.append(f"- `{source}`{role}: licence {_plain(str(licences.of(source)))}")
     if resolution.plan.stored_dtype:
         lines.append(f"\nWeights are stored as {resolution.plan.stored_dtype}.")
+    return "\n".join(lines)
+
+
+def _receipt(receipt: Mapping[str, Any]) -> str:
+    changed = receipt["changed"]
+    versions = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items())
+    lines = [
+        "## Receipt\n",
+        f"- Changed {sum(changed.values()):,} of {len(changed):,} tensors.",
+        f"- Versions: {_plain(versions)}.",
+    ]
+    if receipt["seed"] is not None:
+        lines.append(f"- Seed of the random masks: {receipt['seed']}.")
+    lines += ["", "| file | bytes | SHA-256 |", "| --- | ---: | --- |"]
+    lines += [
+        f"| `{name}` | {file['size']:,} | `{file['sha256']}` |"
+        for name, file in receipt["outputs"].items()
+        if name.endswith(WEIGHTS)
+    ]
     return "\n".join(lines)
 
 
@@ -87,14 +119,3 @@ def _fenced(text: str, language: str) -> str:
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _front_matter(path: Path) -> dict[str, Any]:
-    """Return the YAML front matter of a card; {} where there is none to be read."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            match = FRONT.match(file.read(LONGEST))
-        front = yaml.safe_load(match[1]) if match else None
-    except (OSError, yaml.YAMLError):
-        return {}
-    return front if isinstance(front, dict) else {}

@@ -14,7 +14,7 @@ from mergekit_ft.errors import SourceError
 from mergekit_ft.sources.sides import RECEIPT
 
 if TYPE_CHECKING:
-    from mergekit_ft.resolution import Resolution
+    from mergekit_ft.resolution import Resolution, Task
     from mergekit_ft.sources import Source
 
 FORMAT = 1
@@ -47,6 +47,7 @@ def receipt(
         "plan": plan.text,
         "ids": list(resolution.tasks[0].ids),
         "options": dict(options),
+        "seed": next((s for task in resolution.tasks if (s := _seed(task)) is not None), None),
         "sources": [_source(source, inputs) for source in resolution.sources],
         "outputs": {name: dict(outputs[name]) for name in sorted(outputs)},
         "findings": dict(findings),
@@ -100,6 +101,11 @@ def _source(source: Source, inputs: Mapping[str, Files]) -> dict[str, Any]:
         "config": config_digest(source),
         "files": {name: dict(files[name]) for name in sorted(files)},
     }
+
+
+def _seed(task: Task) -> int | None:
+    """Return the key of a tensor's random masks, where its method draws any."""
+    return getattr(task.operator, "seed", None)
 
 
 def config_digest(source: Source) -> str | None:

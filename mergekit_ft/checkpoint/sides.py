@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_ft.checkpoint import licences
 from mergekit_ft.checkpoint.config import config_bytes
 from mergekit_ft.errors import SourceError, WriteError
 from mergekit_ft.sources.sides import RECEIPT
@@ -16,7 +17,9 @@ from mergekit_ft.sources.sides import RECEIPT
 if TYPE_CHECKING:
     from mergekit_ft.resolution import Resolution
 
-CARD = re.compile(r"README((?:\.base)*)\.md", re.IGNORECASE)  # the donor's, and its donor's
+OURS = re.compile(  # what we write as well: the donor's, and its donor's
+    r"(?i:(README))((?:\.base)*)\.md|(mergekit_config)((?:\.base)*)\.yml"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def copy_sides(resolution: Resolution, part: Path, *, copy_code: bool) -> list[s
 
 
 def notes(resolution: Resolution, *, copy_code: bool) -> Iterator[str]:
-    """Say what stays behind."""
+    """Say what stays behind, and which licences do not go together."""
     found, donor = listing(resolution), resolution.donor.reference
     if found.code and not copy_code:
         yield (
@@ -58,12 +61,15 @@ def notes(resolution: Resolution, *, copy_code: bool) -> Iterator[str]:
         )
     if found.left:
         yield f"{donor}: other weight files stay behind ({', '.join(found.left)})"
+    yield from licences.warnings(resolution)
 
 
 def _named(name: str) -> str:
-    """Return the output's name: the donor's card makes room for ours."""
-    match = CARD.fullmatch(name)
-    return f"README{match[1]}.base.md" if match else name
+    """Return the output's name: the donor's card and plan make room for ours."""
+    match = OURS.fullmatch(name)
+    if match is None:
+        return name
+    return f"README{match[2]}.base.md" if match[1] else f"mergekit_config{match[4]}.base.yml"
 
 
 def _put(source: Path, target: Path, content: bytes | None) -> None:

@@ -33,6 +33,7 @@ NOT_OURS = re.compile(  # of other tools, other checkpoints, other runs
     r"(^|/)(\.git|\.cache|\.ipynb_checkpoints|__pycache__|checkpoint-\d+)/|(^|/)\.DS_Store$"
 )
 RECEIPT = "mergekit_ft.lock.json"  # of a folder that a merge made
+PLAN = "mergekit_config.yml"  # the plan beside it, by the name that other tools look for
 ADAPTER = re.compile(r"adapter_config\.json|adapter_model\.\w+")  # weights of another model
 
 
