@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_ft import __version__
 from mergekit_ft.blocks import Crew, Span, block_bytes, block_size, longest, view_of, whole
-from mergekit_ft.checkpoint import card, config, layout, lock, sides
+from mergekit_ft.checkpoint import card, conflicts, layout, lock, sides
 from mergekit_ft.checkpoint.digests import Digests
 from mergekit_ft.errors import OperatorError, SourceError, WriteError
 from mergekit_ft.options import Options, Progress, Unwatched
@@ -107,9 +107,13 @@ def resolve_plan(plan: PlanLike, options: Options) -> Resolution:
     """Read a plan and find its tensors; what differs between the configs becomes a note."""
     reading = read(plan, lenient=options.lenient)
     resolution = resolve(reading, offline=options.offline, allow_pickle=options.allow_pickle)
-    for source in resolution.sources:
-        if source is not resolution.donor:
-            resolution.notes += config.differences(resolution.donor, source)
+    try:
+        if options.strict:
+            conflicts.require_none(resolution)
+    except BaseException:
+        resolution.close()
+        raise
+    resolution.notes += conflicts.conflicts(resolution)
     return resolution
 
 

@@ -26,6 +26,7 @@ class Options:
     allow_non_finite: bool = False
     allow_unchanged: bool = False
     copy_code: bool = False
+    strict: bool = False  # what the inputs disagree on is an error
     lenient: bool = False  # set aside, with remarks, what mergekit 0.1.5 reads without effect
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ft.errors import SourceError
-from mergekit_ft.sources.ties import tie_word_embeddings
+from mergekit_ft.sources.ties import TEXT_CONFIGS, tie_word_embeddings
 
 if TYPE_CHECKING:
     from mergekit_ft.resolution import Resolution
@@ -44,6 +44,7 @@ USUAL = {  # what a config means that does not say
     "num_labels": 2,
     "sliding_window": None,
 }
+Config = Mapping[str, Any]
 ROPE = ("rope_parameters", "rope_scaling")  # one thing under a new and an old name
 
 
@@ -63,7 +64,7 @@ def config_bytes(resolution: Resolution) -> bytes | None:
 
 def differences(donor: Source, other: Source) -> list[str]:
     """Say on which keys that give weights their meaning two configs disagree."""
-    mine, theirs = (dict(_read(source.config)) for source in (donor, other))
+    mine, theirs = map(dict, map(_read, _comparable(donor.config, other.config)))
     found = []
     for key in dict.fromkeys([*mine, *theirs] if mine and theirs else []):
         word = key.rpartition(".")[2]
@@ -74,6 +75,17 @@ def differences(donor: Source, other: Source) -> list[str]:
                 f"{_said(theirs, key)} in {other.reference}"
             )
     return found
+
+
+def _comparable(one: Config, other: Config) -> tuple[Config, Config]:
+    """Return two configs, of a larger model the part that is of the other's type."""
+    return _part(one, other.get("model_type")), _part(other, one.get("model_type"))
+
+
+def _part(config: Config, kind: object) -> Config:
+    parts = [config.get(key) for key in TEXT_CONFIGS]
+    found = [part for part in parts if isinstance(part, dict) and part.get("model_type") == kind]
+    return found[0] if found and config.get("model_type") != kind else config
 
 
 def _with_dtype(text: str, wanted: str) -> str:

@@ -61,6 +61,9 @@ def merging(command: Command) -> Command:
             click.option(
                 "--lenient", is_flag=True, help="Set aside what mergekit reads without effect."
             ),
+            click.option(
+                "--strict", is_flag=True, help="Make errors of what the inputs disagree on."
+            ),
             click.option("--copy-code", is_flag=True, help="Bring the base's custom code along."),
         ),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ft.blocks import block_bytes, block_size, longest, whole
-from mergekit_ft.checkpoint import config, layout, sides
+from mergekit_ft.checkpoint import conflicts, layout, sides
 from mergekit_ft.contract import About, Survey
 from mergekit_ft.inspection import settings
 from mergekit_ft.inspection.tables import count, size
@@ -26,6 +26,8 @@ def check(plan: Any, options: Options) -> tuple[Report, Resolution]:
     opening = {"offline": options.offline, "allow_pickle": options.allow_pickle}
     resolution = resolve(read(plan, lenient=options.lenient), headers_only=True, **opening)
     try:
+        if options.strict:
+            conflicts.require_none(resolution)
         return report(resolution, options), resolution
     finally:
         resolution.close()
@@ -57,8 +59,7 @@ def report(resolution: Resolution, options: Options) -> Report:
 
 def notes(resolution: Resolution, options: Options) -> list[str]:
     """Return what a user should know."""
-    others = [source for source in resolution.sources if source is not resolution.donor]
-    found = [note for other in others for note in config.differences(resolution.donor, other)]
+    found = conflicts.conflicts(resolution)
     return [*resolution.notes, *found, *sides.notes(resolution, copy_code=options.copy_code)]
 
 
