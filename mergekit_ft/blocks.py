@@ -7,12 +7,13 @@ import heapq
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergekit_ft.contract import CELL, Block, Grain
+from mergekit_ft.contract import CELL, RUN, Block, Grain
 from mergekit_ft.errors import OperatorError
 from mergekit_ft.resolution import Ref, Task
 from mergekit_ft.sources.dtypes import SIZE, TORCH
@@ -35,17 +36,10 @@ class Span:
         return self.stop - self.start
 
 
-def rows_of(task: Task) -> int:
-    """Return how many rows of arithmetic a block of this task takes."""
-    operators = [op for op in (task.operator, *task.then) if op is not None]
-    k = len(task.tuned)
-    return 1 + k + max((op.scratch(k) for op in operators), default=0)
-
-
 def block_bytes(task: Task, n: int) -> int:
     """Return the memory that one worker needs for blocks of n elements of this task."""
     padded = -(-n // 64) * 64
-    return (rows_of(task) + SPARE_ROWS) * padded * task.bits // 8
+    return (1 + len(task.tuned) + task.scratch + SPARE_ROWS) * padded * task.bits // 8
 
 
 def whole(task: Task) -> bool:
@@ -81,11 +75,23 @@ def block_size(tasks: Sequence[Task], memory: int, threads: int) -> int:
     return min(USUAL, max(1, memory // (threads * widest)) * CELL)
 
 
-def cut(task: Task, size: int) -> Iterator[Span]:
-    """Yield the spans that a task's tensor is cut into."""
-    step = max(longest(task, size), 1)
-    for start in range(0, task.numel, step):
+def cut(task: Task, size: int, every: int = 1) -> Iterator[Span]:
+    """Yield the spans that a task's tensor is cut into; of a sample, each `every`-th short run."""
+    step = longest(task, size)
+    if every > 1 and not whole(task):
+        step = min(step, RUN if task.cell == CELL else task.cell)
+    for start in range(0, task.numel, max(step, 1) * every):
         yield Span(start, min(start + step, task.numel))
+
+
+class Frame(NamedTuple):
+    """A worker's rows of arithmetic for blocks of one size, as views that are made once."""
+
+    base: Tensor  # (n,)
+    models: tuple[Tensor, ...]  # k of (n,), the rows of `tuned`
+    tuned: Tensor  # (k, n)
+    scratch: Tensor  # (s, n)
+    nothing: Tensor  # (0,) in place of a base
 
 
 class Station:
@@ -95,26 +101,42 @@ class Station:
         self.device = device
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
         self._staging = [torch.empty(0, dtype=torch.uint8) for _ in range(3)]
+        self._frames: dict[tuple[int, int, int, torch.dtype], Frame] = {}
+        self._stages: dict[tuple[int, int, torch.dtype], Tensor] = {}
         cuda: Any = torch.cuda  # whose streams are not typed
         self.stream = cuda.Stream(device) if device.type == "cuda" else None
 
-    def carve(self, rows: int, n: int, dtype: torch.dtype) -> Tensor:
-        """Return (rows, n) of uninitialised arithmetic memory."""
+    def frame(self, k: int, scratch: int, n: int, dtype: torch.dtype) -> Frame:
+        """Return uninitialised arithmetic memory for blocks of k models and n elements."""
+        key = (k, scratch, n, dtype)
+        if key not in self._frames:
+            self._frames[key] = _frame(self._carve(1 + k + scratch, n, dtype), k)
+        return self._frames[key]
+
+    def _carve(self, rows: int, n: int, dtype: torch.dtype) -> Tensor:
+        """Return (rows, n) of the arena; where it grows, earlier frames are forgotten."""
         padded = -(-n // 64) * 64
         need = rows * padded * dtype.itemsize
         if self._arena.numel() < need:
+            self._frames.clear()
             self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
             self._arena = torch.empty(need, dtype=torch.uint8, device=self.device)
         return self._arena[:need].view(dtype).view(rows, padded)[:, :n]
 
     def stage(self, which: int, n: int, dtype: torch.dtype) -> Tensor:
         """Return (n,) of host memory, pinned where the device is a GPU: 0 base, 1 tuned, 2 out."""
-        need = n * dtype.itemsize
+        key = (which, n, dtype)
+        if key not in self._stages:
+            self._stages[key] = self._staged(which, n * dtype.itemsize).view(dtype)
+        return self._stages[key]
+
+    def _staged(self, which: int, need: int) -> Tensor:
         if self._staging[which].numel() < need:
             pinned = self.device.type == "cuda"
+            self._stages = {key: view for key, view in self._stages.items() if key[0] != which}
             self._staging[which] = torch.empty(0, dtype=torch.uint8)
             self._staging[which] = torch.empty(need, dtype=torch.uint8, pin_memory=pinned)
-        return self._staging[which][:need].view(dtype)
+        return self._staging[which][:need]
 
     def read(self, ref: Ref, span: Span, which: int) -> Tensor:
         """Return (n,) the span as stored, in host memory."""
@@ -133,35 +155,54 @@ class Station:
 
 def view_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous host tensor, shared."""
-    nbytes = tensor.numel() * tensor.element_size()
-    array = (ctypes.c_char * nbytes).from_address(tensor.data_ptr()) if nbytes else b""
+    return _bytes_at(tensor.data_ptr(), tensor.nbytes)
+
+
+@lru_cache(maxsize=64)
+def _bytes_at(address: int, nbytes: int) -> memoryview:
+    array = (ctypes.c_char * nbytes).from_address(address) if nbytes else b""
     return memoryview(array).cast("B")
 
 
 def load(station: Station, task: Task, span: Span) -> Block:
     """Read one block of a task from every source."""
-    k, dtype = len(task.tuned), torch.float64 if task.bits == 64 else torch.float32
-    rows = station.carve(rows_of(task), span.n, dtype)
-    for which, ref in enumerate((task.base, *task.tuned)):
-        if ref is not None:
-            if span.start % (AHEAD * span.n) == 0:
-                ref.source.will_need(ref.name, *_ahead(ref, span))
-            raw = station.read(ref, span, min(which, 1))
-            rows[which].copy_(raw, non_blocking=station.device.type == "cuda")
-            if which and station.device.type == "cuda":
-                station.settle()  # the staging buffer is read into again
+    dtype = torch.float64 if task.bits == 64 else torch.float32
+    frame = station.frame(len(task.tuned), task.scratch, span.n, dtype)
+    if task.base is not None:
+        _fill(station, frame.base, task.base, span, 0)
+    for row, ref in zip(frame.models, task.tuned, strict=True):
+        _fill(station, row, ref, span, 1)
     return Block(
         name=task.known,
         shape=task.shape,
         start=span.start,
-        base=rows[0] if task.base is not None else rows[0, :0],
-        tuned=rows[1 : k + 1],
+        base=frame.base if task.base is not None else frame.nothing,
+        tuned=frame.tuned,
         ids=task.ids,
         place=task.place,
         first_cell=task.first_cell + span.start // task.cell,
-        scratch=rows[k + 1 :],
+        scratch=frame.scratch,
         cell=task.cell,
     )
+
+
+def _frame(rows: Tensor, k: int) -> Frame:
+    """Return (1 + k + s, n) rows as the parts of a block."""
+    tuned = rows[1 : k + 1]
+    return Frame(rows[0], tuned.unbind(), tuned, rows[k + 1 :], rows[0, :0])
+
+
+def _fill(station: Station, row: Tensor, ref: Ref, span: Span, which: int) -> None:
+    """Read a span of one source into a row of arithmetic."""
+    if span.start % (AHEAD * span.n) == 0:
+        ref.source.will_need(ref.name, *_ahead(ref, span))
+    raw = station.read(ref, span, which)
+    if station.stream is None:
+        row.copy_(raw)
+        return
+    row.copy_(raw, non_blocking=True)
+    if which:
+        station.settle()  # the staging buffer is read into again
 
 
 def _ahead(ref: Ref, span: Span) -> tuple[int, int]:

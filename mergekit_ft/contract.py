@@ -21,6 +21,7 @@ from mergekit_ft.layers import Role as Role
 
 NOWHERE = Place()
 CELL = 65_536  # elements: reductions are float64 sums over cells, added in order
+RUN = 16_384  # elements of a run that a sample takes
 
 
 def row_of(shape: tuple[int, ...]) -> int:
@@ -84,7 +85,8 @@ class Measure(NamedTuple):
     integers; otherwise it has one float64 row per cell, (cells, s), and the rows are kept in order.
     `merged` asks for `Block.delta`, the delta that the operators before this one made. `host` turns
     a block's rows, moved to host memory, into those that are kept; their number may depend on the
-    values. `every` n takes only each n-th block, for a sample.
+    values. `every` n takes only each n-th run of RUN elements (or of whole cells, where an operator
+    must see rows), for a sample.
     """
 
     of: Callable[[Block], Tensor]

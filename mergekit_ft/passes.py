@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -168,7 +169,7 @@ class Passes:
 
             return run
 
-        yield [piece(span) for span in list(cut(task, self.size))[::every]]
+        yield [piece(span) for span in cut(task, self.size, every)]
 
     def merge(self, sink: Sink, done: Callable[[Task], bool] = lambda task: False) -> None:
         """Merge every task that is not done and hand it to the sink."""
@@ -265,12 +266,8 @@ def finite(values: Tensor) -> bool:
     """Say whether no element is NaN or Inf."""
     if values.dtype.itemsize == 1:
         values = values.float()
-    least, most = torch.aminmax(values)
-    return (
-        abs(float(least)) != float("inf")
-        and abs(float(most)) != float("inf")
-        and (float(least) == float(least))
-    )
+    least, most = (float(end) for end in torch.aminmax(values))
+    return least > -math.inf and most < math.inf  # false for NaN, which is both ends
 
 
 PROBE = 4096  # elements compared first: where a merge differs, it mostly does so early

@@ -60,6 +60,12 @@ class Task:
         """Return the elements of a cell."""
         return self.operator.grain.cell(self.shape) if self.operator is not None else CELL
 
+    @cached_property
+    def scratch(self) -> int:
+        """Return the rows of scratch that its operators need."""
+        operators = [op for op in (self.operator, *self.then) if op is not None]
+        return max((op.scratch(len(self.tuned)) for op in operators), default=0)
+
     @property
     def surveyed(self) -> bool:
         """Say whether a survey over the whole model sees it: tied tensors count once."""

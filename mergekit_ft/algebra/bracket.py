@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_ft.contract import About, Block, Measure
+from mergekit_ft.contract import RUN, About, Block, Measure
 
 MOST = 2**26  # elements beyond which too many would be collected
 KEPT = 0.5  # bytes that an element takes on average, collected and copied
-SAMPLE = 2**17  # elements sampled, where the stride between them is neither of
+RUNS, RAREST = 16, 32  # runs that a sample takes at least; of how many it takes one at most
+SAMPLE = 2**16  # elements sampled, where the stride between them is neither of
 CLOSEST, SPARSEST = 16, 512
-ABOVE, WITHIN = -1, -2  # in place of an index: counts
+ABOVE, WITHIN = -1.0, -2.0  # in place of a magnitude: the index is a count
 SIGMAS = 3.0  # of the sample's rank, on either side
 ROOM = 4.0  # margins; two are expected, the rest is for equals and for uneven blocks
 
@@ -55,18 +56,22 @@ def find(ranks: dict[int, int], deltas: Deltas, about: About) -> Found:
         return {}
     brackets = dict.fromkeys(ranks, Bracket())
     if numel > about.cell:
-        every = min(max(1, numel // 2**20), 4)  # of the blocks, while some are left
+        every = min(max(1, numel // (RUNS * RUN)), RAREST)
         stride = min(max(numel // SAMPLE // every, CLOSEST // every), SPARSEST) | 1
         (sample,) = yield (_sample(list(ranks), deltas, stride, every),)
         for column, (i, rank) in enumerate(ranks.items()):
             brackets[i] = _bracket(sample[:, column], rank / numel)
-    (rows,) = yield (_collect(brackets, deltas),)
-    places = {i: _placed(rows[rows[:, 0] == i, 1:], rank, about.cell) for i, rank in ranks.items()}
-    return {i: place for i, place in places.items() if place is not None}
+    collected = yield tuple(_collect(i, bracket, deltas) for i, bracket in brackets.items())
+    exact = torch.float32 if about.bits == 32 else torch.float64
+    found = {}
+    for (i, rank), rows in zip(ranks.items(), collected, strict=True):
+        place = _placed(rows[:, 0].to(exact), rows[:, 1], rank, about.cell)
+        found |= {} if place is None else {i: place}
+    return found
 
 
 def _sample(models: list[int], deltas: Deltas, stride: int, every: int) -> Measure:
-    """Collect every stride-th magnitude of each model, in every so many blocks: (m, k)."""
+    """Collect every stride-th magnitude of each model, in every so many runs: (m, k)."""
 
     def sample(block: Block, rows: Tensor) -> Tensor:
         return rows[:, -block.start % stride :: stride].T.clone()
@@ -98,45 +103,41 @@ def _bracket(sample: Tensor, share: float) -> Bracket:
 
 
 def _largest(values: Tensor, rank: int) -> Tensor:
-    """Return the rank-th largest, from 1; numpy partitions where torch would sort."""
-    place = values.numel() - rank
-    return torch.from_numpy(np.partition(values.numpy(), place))[place]
+    """Return the rank-th largest, from 1. Equal values, of which there are many, cost no time."""
+    return values.kthvalue(values.numel() + 1 - rank).values
 
 
-def _collect(brackets: dict[int, Bracket], deltas: Deltas) -> Measure:
-    """Collect the magnitudes within each model's bracket: (m, 3) model, magnitude, index.
+def _collect(i: int, bracket: Bracket, deltas: Deltas) -> Measure:
+    """Collect a model's magnitudes within its bracket: (m, 2) float64, magnitude and index.
 
-    Two rows of every block and model are counts. The device makes the magnitudes, and numpy looks
-    through them in host memory: it finds few among many much faster than torch.
+    Two rows of every block are counts. The device makes the magnitudes, and numpy looks through
+    them in host memory: it finds few among many much faster than torch.
     """
 
     def collect(block: Block, rows: Tensor) -> Tensor:
-        found = [
-            _within(row.numpy(), bracket, block.first_cell * block.cell, i)
-            for row, (i, bracket) in zip(rows, brackets.items(), strict=True)
-        ]
-        return torch.from_numpy(np.concatenate(found))
+        return torch.from_numpy(_within(rows[0].numpy(), bracket, block.first_cell * block.cell))
 
-    return Measure(_magnitudes(list(brackets), deltas), cells=True, host=collect)
+    return Measure(_magnitudes([i], deltas), cells=True, host=collect)
 
 
-def _within(row: Row, bracket: Bracket, start: int, i: int) -> Row:
-    """Return (m, 3) float64: counts, then the magnitudes in the bracket if they are few."""
+def _within(row: Row, bracket: Bracket, start: int) -> Row:
+    """Return (m, 2): counts, then the magnitudes in the bracket if they are few."""
     above, inside = row >= bracket.high, row > bracket.low
     inside ^= above
     within = np.count_nonzero(inside)
-    counts = [[i, np.count_nonzero(above), ABOVE], [i, within, WITHIN]]
     few = within <= bracket.room * len(row)
     index = np.flatnonzero(inside) if few else np.empty(0, dtype=np.int64)
-    elements = np.stack([np.full(len(index), i), row[index], index + start], axis=1)
-    return np.concatenate([np.array(counts, dtype=np.float64), elements])
+    found = np.empty((2 + len(index), 2))
+    found[0], found[1] = (ABOVE, np.count_nonzero(above)), (WITHIN, within)
+    found[2:, 0], found[2:, 1] = row[index], index
+    found[2:, 1] += start
+    return found
 
 
-def _placed(rows: Tensor, rank: int, cell: int) -> Place | None:
+def _placed(values: Tensor, index: Tensor, rank: int, cell: int) -> Place | None:
     """Return the rank-th largest magnitude, and the last of its equals kept, if it is there."""
-    above, within = (int(rows[rows[:, 1] == mark, 0].sum()) for mark in (ABOVE, WITHIN))
-    values, index = rows[rows[:, 1] >= 0].unbind(1)
-    if len(values) < within or not above < rank <= above + within:
+    above, within = (int(index[values == mark].sum()) for mark in (ABOVE, WITHIN))
+    if int((values >= 0).sum()) < within or not above < rank <= above + within:
         return None
     threshold = _largest(values, rank - above)
     equals = index[values == threshold]

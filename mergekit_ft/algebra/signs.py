@@ -7,36 +7,52 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ROWS = 4  # of scratch
+ROWS = 3  # of scratch
 
 
 def disjoint_merge(
     deltas: Tensor, weights: Sequence[float], normalize: bool, scratch: Tensor
 ) -> Tensor:
-    """Return the (n,) sum of the weighted deltas that have the elected sign.
+    """Return the (n,) sum of the weighted deltas that have the elected sign, in their memory.
 
     The sign of an element is that of the sum of weighted deltas, + where it is zero; normalised,
     the sum is divided by the weights of the deltas heard at that element.
     """
-    sign, mix, heard, mask = scratch[0], scratch[1].zero_(), scratch[2].zero_(), scratch[3]
-    for i, weight in enumerate(weights):
-        deltas[i].mul_(weight)
-    torch.ge(_sum(deltas, mask), 0, out=sign).mul_(2).sub_(1)
-    for i, weight in enumerate(weights):
-        agreeing = deltas[i].mul_(sign).clamp_(min=0)
-        mix.add_(agreeing)
-        if normalize:
-            heard.add_(torch.gt(agreeing, 0, out=mask), alpha=weight)
-    mix.mul_(sign)
-    return mix.div_(heard.add_(torch.eq(heard, 0, out=mask))) if normalize else mix
-
-
-def _sum(rows: Tensor, out: Tensor) -> Tensor:
-    """Add up (k, n) rows into `out`, in order."""
-    out.copy_(rows[0])
+    rows, (sign, heard, spare) = deltas.unbind(), scratch[:ROWS].unbind()
+    for row, weight in zip(rows, weights, strict=True):
+        if weight != 1.0:
+            row.mul_(weight)
+    torch.ge(_sum(rows, spare), 0, out=sign).mul_(2).sub_(1)
+    for row in rows:
+        torch.relu_(row.mul_(sign))
+    if normalize:
+        _weights_heard(rows, weights, heard, spare)
+    mix = rows[0]
     for row in rows[1:]:
-        out.add_(row)
-    return out
+        mix.add_(row)
+    mix.mul_(sign)
+    return mix.div_(heard) if normalize else mix
+
+
+def _sum(rows: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Add up rows into `out`, in order; a single row is its own sum."""
+    total = rows[0]
+    for row in rows[1:]:
+        total = torch.add(total, row, out=out)
+    return total
+
+
+def _weights_heard(
+    agreeing: Sequence[Tensor], weights: Sequence[float], heard: Tensor, spare: Tensor
+) -> None:
+    """Sum up, in `heard`, the weights of the rows that are above zero; 1 where they come to 0."""
+    torch.gt(agreeing[0], 0, out=heard).mul_(weights[0])
+    for row, weight in zip(agreeing[1:], weights[1:], strict=True):
+        heard.add_(torch.gt(row, 0, out=spare), alpha=weight)
+    if min(weights) > 0.0:
+        heard.clamp_(min=min(weights))  # where nobody is heard zero is divided, by whatever
+    else:
+        heard.add_(torch.eq(heard, 0, out=spare))
 
 
 def reference_disjoint_merge(
