@@ -63,10 +63,11 @@ def find(ranks: dict[int, int], deltas: Deltas, about: About) -> Found:
             brackets[i] = _bracket(sample[:, column], rank / numel)
     collected = yield tuple(_collect(i, bracket, deltas) for i, bracket in brackets.items())
     exact = torch.float32 if about.bits == 32 else torch.float64
-    found = {}
+    found: dict[int, Place] = {}
     for (i, rank), rows in zip(ranks.items(), collected, strict=True):
         place = _placed(rows[:, 0].to(exact), rows[:, 1], rank, about.cell)
-        found |= {} if place is None else {i: place}
+        if place is not None:
+            found[i] = place
     return found
 
 
