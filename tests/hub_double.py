@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = (".safetensors", ".bin", ".gguf", ".onnx")  # kept as LFS objects
@@ -28,6 +30,9 @@ class DoubleRepo:
     refuse: tuple[int, str] | None = None  # status and X-Error-Code of every answer
     gate: bool = False  # the listing is public, the files are not
     token: str | None = None  # with which refusals and the gate are passed
+    private: bool = False
+    objects: dict[str, bytes] = field(default_factory=dict)  # large files, committed or not
+    commits: list[list[str]] = field(default_factory=list)  # what each changed
 
 
 @dataclass
@@ -41,6 +46,10 @@ class Double:
     calls: list[str] = field(default_factory=list)
     cut: dict[str, int] = field(default_factory=dict)  # file -> bytes after which it hangs up
     ignore_ranges: bool = False
+    writer: str | None = None  # the token that may write
+    refuse_writes: tuple[str, int, str] | None = None  # part of a path, status, message
+    received: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # bytes an object
+    bodies: list[bytes] = field(default_factory=list)  # of every request but objects
     hang: float = 0  # seconds before each answer
 
     def add(self, name: str, folder: Path, **kind: object) -> DoubleRepo:
@@ -83,6 +92,112 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._take()
+
+    def do_PUT(self) -> None:
+        self._take()
+
+    def _take(self) -> None:
+        """Answer a request that writes."""
+        path = unquote(urlsplit(self.path).path)
+        self.double.calls.append(f"{self.command} {path}")
+        body = self._body()
+        if self.command == "POST":
+            self.double.bodies.append(body)
+        if self.double.refuse_writes and self.double.refuse_writes[0] in path:
+            _, status, message = self.double.refuse_writes
+            return self._answer_error(status, message)
+        if self.command == "PUT":  # an object goes to a signed address, without a login
+            return self._object(path, body)
+        if not self._may_write():
+            return self._answer_error(401, "Invalid username or password.")
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        return self._write(path, body)
+
+    def _may_write(self) -> bool:
+        token = self.double.writer
+        return token is None or self.headers.get("Authorization") == f"Bearer {token}"
+
+    def _body(self) -> bytes:
+        if "chunked" not in (self.headers.get("Transfer-Encoding") or ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    def _answer_error(self, status: int, message: str) -> None:
+        self._send(status, {"X-Error-Message": message}, json.dumps({"error": message}).encode())
+
+    def _create(self, asked: dict[str, str]) -> None:
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        url = {"url": f"{self.double.endpoint}/{name}", "name": name}
+        if name in self.double.repos:
+            return self._send(409, {}, json.dumps({"error": "exists", **url}).encode())
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self.double.repos[name] = DoubleRepo({}, refs={"main": "a" * 40}, private=private)
+        return self._json(url)
+
+    def _write(self, path: str, body: bytes) -> None:
+        match = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/.]+)(?:\.git/info/lfs)?/(.+)", path)
+        repo = self.double.repos.get(match[1]) if match else None
+        if match is None or repo is None:
+            return self._refuse(404, "RepoNotFound")
+        if match[2].startswith("preupload"):
+            files = [
+                {
+                    "path": f["path"],
+                    "uploadMode": _mode(f["path"]),
+                    "shouldIgnore": _ignored(f["path"]),
+                }
+                for f in json.loads(body)["files"]
+            ]
+            return self._json({"files": files})
+        if match[2] == "objects/batch":
+            return self._batch(match[1], repo, json.loads(body))
+        if match[2].startswith("commit/"):
+            return self._commit(match[1], repo, [json.loads(line) for line in body.splitlines()])
+        return self._refuse(404, "EntryNotFound")
+
+    def _batch(self, name: str, repo: DoubleRepo, asked: dict[str, Any]) -> None:
+        found = []
+        for entry in asked["objects"]:
+            there = entry["oid"] in repo.objects
+            href = f"{self.double.endpoint}/objects/{name}/{entry['oid']}"
+            actions = {} if there else {"actions": {"upload": {"href": href}}}
+            found.append({"oid": entry["oid"], "size": entry["size"], **actions})
+        self._json({"transfer": "basic", "objects": found})
+
+    def _object(self, path: str, body: bytes) -> None:
+        name, _, oid = path.removeprefix("/objects/").rpartition("/")
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self._answer_error(400, "another content")
+        self.double.received[oid] += len(body)
+        self.double.repos[name].objects[oid] = body
+        return self._json({})
+
+    def _commit(self, name: str, repo: DoubleRepo, lines: list[dict[str, Any]]) -> None:
+        changed = []
+        for line in lines[1:]:
+            what, path = line["value"], line["value"]["path"]
+            if line["key"] == "file":
+                repo.files[path] = base64.b64decode(what["content"])
+            elif line["key"] == "lfsFile":
+                repo.files[path] = repo.objects[what["oid"]]
+            else:
+                del repo.files[path]
+            changed.append(path)
+        repo.commits.append(changed)
+        repo.commit = repo.refs["main"] = hashlib.sha1(repr(repo.commits).encode()).hexdigest()
+        url = f"{self.double.endpoint}/{name}/commit/{repo.commit}"
+        self._json({"commitUrl": url, "commitOid": repo.commit, "success": True})
+
     def log_message(self, format: str, *args: object) -> None:
         """Keep the tests' output clean."""
 
@@ -90,6 +205,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.double.calls.append(f"{self.command} {path}")
         time.sleep(self.double.hang)
+        if path == "/api/whoami-v2":
+            known = self._may_write()
+            return self._json({"name": "me"}) if known else self._answer_error(401, "Invalid")
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+?))?/?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or file
@@ -156,20 +274,33 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+def _ignored(name: str) -> bool:
+    return False
+
+
+def _mode(name: str) -> str:
+    return "lfs" if name.endswith(LARGE) else "regular"
+
+
 def _etag(name: str, data: bytes) -> str:
     if name.endswith(LARGE):
         return hashlib.sha256(data).hexdigest()
+    return _git(data)
+
+
+def _git(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _info(name: str, repo: DoubleRepo) -> dict[str, object]:
     siblings = []
     for path, data in repo.files.items():
-        entry: dict[str, object] = {"rfilename": path, "size": len(data), "blobId": "b" * 40}
+        entry: dict[str, object] = {"rfilename": path, "size": len(data), "blobId": _git(data)}
         if path.endswith(LARGE):
             entry["lfs"] = {"sha256": _etag(path, data), "size": len(data), "pointerSize": 134}
         siblings.append(entry)
-    return {"id": name, "modelId": name, "sha": repo.commit, "siblings": siblings, "tags": []}
+    about = {"id": name, "modelId": name, "sha": repo.commit, "private": repo.private}
+    return {**about, "siblings": siblings, "tags": []}
 
 
 def _tree(repo: DoubleRepo) -> list[dict[str, object]]:
@@ -179,7 +310,7 @@ def _tree(repo: DoubleRepo) -> list[dict[str, object]]:
             "type": "file",
             "path": path,
             "size": len(data),
-            "oid": "b" * 40,
+            "oid": _git(data),
         }
         if path.endswith(LARGE):
             entry["lfs"] = {"oid": _etag(path, data), "size": len(data), "pointerSize": 134}

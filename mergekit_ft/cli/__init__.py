@@ -10,6 +10,7 @@ from mergekit_ft.cli.looking import inspect, verify
 from mergekit_ft.cli.merging import check, merge
 from mergekit_ft.cli.methods import card, methods, schema
 from mergekit_ft.cli.migrating import migrate
+from mergekit_ft.cli.pushing import push
 
 __all__ = ["DIFFERENT", "INTERRUPTED", "main"]
 
@@ -20,5 +21,5 @@ def main() -> None:
     """Merge checkpoints of open models: streamed, checked, reproducible."""
 
 
-for command in (merge, check, verify, migrate, inspect, methods, card, schema):
+for command in (merge, check, verify, push, migrate, inspect, methods, card, schema):
     main.add_command(command)

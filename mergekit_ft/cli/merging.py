@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_ft.cli import printing, settings
+from mergekit_ft.cli import printing, pushing, settings
+from mergekit_ft.errors import MergekitError, WriteError
 
 if TYPE_CHECKING:
     from mergekit_ft.engine import Result
+    from mergekit_ft.publishing import Pushed
 
 
 @click.command(epilog="An interrupted merge leaves OUT.part, which --resume finishes.")
@@ -22,19 +25,27 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is whole.")
 @click.option("--allow-non-finite", is_flag=True, help="Let NaN and Inf pass.")
 @click.option("--allow-unchanged", is_flag=True, help="Accept a result that equals the base.")
+@click.option("--push", "repo", metavar="REPO", help="Then send it to the hub, as `push` does.")
+@click.option("--public", is_flag=True, help="With --push: for everyone to see; else private.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @settings.as_json
-def merge(plan: str, out: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def merge(
+    plan: str, out: str, repo: str | None, public: bool, quiet: bool, as_json: bool, **options: Any
+) -> None:
     """Carry out PLAN (a file, or - for stdin) and write the checkpoint to OUT."""
     given = printing.plan_of(plan)
+    _require_login(repo, public, options)
     with printing.watched(quiet) as progress:
         from mergekit_ft.engine import merge as run
 
         result = run(given, out, progress=progress, **options)
-    if as_json:
-        printing.json_of(_summary(result))
-    elif not quiet:
+    if not (as_json or quiet):
         printing.lines(_result_lines(result))
+    done = _pushed(out, repo, public=public, quiet=quiet or as_json) if repo else None
+    if as_json:
+        printing.json_of(_summary(result) | ({"pushed": asdict(done)} if done else {}))
+    elif done and not quiet:
+        printing.lines(pushing.lines(done))
 
 
 @click.command()
@@ -51,6 +62,26 @@ def check(plan: str, as_json: bool, **options: Any) -> None:
         printing.json_of(report)
     else:
         printing.lines(room.lines(report, resolution))
+
+
+def _require_login(repo: str | None, public: bool, options: dict[str, Any]) -> None:
+    """Refuse what would keep the merge from being sent, before it is made."""
+    if public and not repo:
+        raise click.UsageError("--public is for --push REPO; without one it has no effect")
+    if repo and options["offline"]:
+        raise click.UsageError("--push needs the hub, which --offline stays away from")
+    if repo:
+        from mergekit_ft import publishing
+
+        publishing.require_login(repo)
+
+
+def _pushed(out: str, repo: str, **options: Any) -> Pushed:
+    try:
+        return pushing.pushed(out, repo, **options)
+    except MergekitError as error:
+        again = f"{out} is whole, and `mergekit-ft push {out} {repo}` sends it"
+        raise WriteError(f"{error}; {again}") from error
 
 
 def _summary(result: Result) -> dict[str, Any]:

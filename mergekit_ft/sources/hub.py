@@ -137,7 +137,7 @@ def _snapshot(repo: Repo, layout: Layout, sides: tuple[str, ...]) -> Path:
             repo.name,
             revision=repo.asked,
             endpoint=repo.endpoint,
-            allow_patterns=sorted(map(_literal, wanted)),
+            allow_patterns=sorted(map(literal, wanted)),
         )
     )
     if folder.name != repo.commit:
@@ -148,7 +148,7 @@ def _snapshot(repo: Repo, layout: Layout, sides: tuple[str, ...]) -> Path:
     return folder
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
     """Return a pattern that matches one name."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
