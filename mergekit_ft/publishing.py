@@ -70,7 +70,7 @@ def push(
 ) -> Pushed:
     """Send a merge to a repo of the hub, private unless `public`, made where there is none.
 
-    Files that the repo holds already are not sent. `overwrite` lets the weights of another model go.
+    What the repo holds already is not sent. `overwrite` lets the weights of another model go.
     """
     files, notes = _whole(out, progress)
     api = HfApi(endpoint=endpoint)
