@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 CARD = "README.md"
 NAMED = 3  # files named in an error before "and N more"
 AGAIN = "the same command goes on from there"
-PUSHING = (*FAULTS, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, ValueError)
+PUSHING: tuple[type[BaseException], ...] = (  # what the client lets through, or wraps
+    *FAULTS,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RuntimeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)

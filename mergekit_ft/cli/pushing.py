@@ -45,20 +45,17 @@ def pushed(out: str, repo: str, *, quiet: bool, **options: Any) -> Pushed:
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
     """Let the hub's client show its bars, or not."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    import huggingface_hub.utils
 
-    if shown or are_progress_bars_disabled():
+    bars: Any = huggingface_hub.utils  # it states no types for these
+    if shown or bars.are_progress_bars_disabled():
         yield
         return
-    disable_progress_bars()
+    bars.disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        bars.enable_progress_bars()
 
 
 def lines(done: Pushed) -> Iterator[str]:
