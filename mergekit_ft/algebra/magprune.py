@@ -2,13 +2,15 @@
 
 Within a row of L entries the one of rank r (0: the smallest) stays with probability
 (density - epsilon) + 2 epsilon r / (L - 1), kept as a whole number of 2^-31, as random bits are.
+Ranking costs most, so a survey keeps the masks it made, one bit an entry, where there is room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,15 @@ from mergekit_ft.contract import About, Block, Grain, Measure, Survey, row_of
 
 ROWS = 1 + ranks.ROWS  # of scratch: a delta, and what ranks it
 ONE = 2**31  # of a probability
+
+Masks = dict[tuple[int, int, int], "np.ndarray[Any, np.dtype[np.uint8]]"]  # by model, start, n
+
+
+class Found(NamedTuple):
+    """What a survey finds."""
+
+    factors: Sequence[float]  # (k,) restore the norms
+    masks: Masks  # of the blocks that were in host memory, if there was room
 
 
 class MagPrune(NamedTuple):
@@ -50,17 +61,23 @@ class MagPrune(NamedTuple):
         """Find the factor of what is kept, by norm: |d|_1 / |kept d|_1."""
         if not self._by_norm or all(p == 1.0 for p in self.density):
             return None
-        (rows,) = yield (Measure(self._norms, cells=True),)
+        masks: Masks | None = {} if len(self.density) * about.numel <= 8 * about.spare else None
+        (rows,) = yield (Measure(lambda block: self._norms(block, masks), cells=True),)
         sums = totals(rows)
         pairs = zip(sums[::2], sums[1::2], strict=True)
-        return [restoring_factor(whole, kept) for whole, kept in pairs]
+        return Found([restoring_factor(whole, kept) for whole, kept in pairs], masks or {})
 
-    def apply(self, block: Block, factors: Sequence[float] | None) -> Tensor:
+    def apply(self, block: Block, found: Found | None) -> Tensor:
         """Return (k, n) the sparse deltas in the memory of the tuned values."""
         deltas = subtract_base(block.tuned, block.base)
+        factors, masks = found if found is not None else ([1.0] * len(deltas), {})
         for i, delta in enumerate(deltas):
-            self._drop(delta, block, i)
-            if factors is not None and factors[i] != 1.0:
+            mask = masks.get((i, block.start, block.n))
+            if mask is not None and delta.device.type == "cpu":
+                delta.mul_(_unpacked(mask, block.scratch[1]))
+            else:
+                self._drop(delta, block, i)
+            if factors[i] != 1.0:
                 delta.mul_(factors[i])
         return deltas
 
@@ -83,7 +100,7 @@ class MagPrune(NamedTuple):
     def _by_probability(self) -> bool:
         return self.rescale and self.rescaling == "probability"
 
-    def _drop(self, delta: Tensor, block: Block, i: int) -> None:
+    def _drop(self, delta: Tensor, block: Block, i: int, masks: Masks | None = None) -> None:
         """Set to zero, in place, what chance drops of a model's delta; rescale by probability."""
         if self.density[i] == 0.0:
             delta.zero_()
@@ -97,7 +114,10 @@ class MagPrune(NamedTuple):
                 inverse = chances.to(delta.dtype).div_(ONE).reciprocal_().expand_as(order)
                 delta.mul_(rows[3].view(-1, length).scatter_(1, order, inverse).flatten())
             key = key_of(self.seed, block.ids[i], block.name)
-            delta.mul_(keep_below(key, block.start, limits, rows[1:3]))
+            mask = keep_below(key, block.start, limits, rows[1:3])
+            delta.mul_(mask)
+            if masks is not None and mask.device.type == "cpu":
+                masks[i, block.start, block.n] = np.packbits(mask.numpy() != 0)
 
     def _chances(self, i: int, length: int, like: Tensor) -> Tensor:
         """Return (length,) how likely the entry of each rank is kept, in 2^-31."""
@@ -122,11 +142,16 @@ class MagPrune(NamedTuple):
         mask = keep_below(key, 0, chances, spare)
         return (mask * ONE / chances if self._by_probability else mask).view_as(delta)
 
-    def _norms(self, block: Block) -> Tensor:
-        return l1_norms(block.n, self._whole_and_kept(block), block.cell)
+    def _norms(self, block: Block, masks: Masks | None) -> Tensor:
+        return l1_norms(block.n, self._whole_and_kept(block, masks), block.cell)
 
-    def _whole_and_kept(self, block: Block) -> Iterator[Tensor]:
+    def _whole_and_kept(self, block: Block, masks: Masks | None) -> Iterator[Tensor]:
         for i in range(len(self.density)):
             yield (delta := torch.sub(block.tuned[i], block.base, out=block.scratch[0]))
-            self._drop(delta, block, i)
+            self._drop(delta, block, i, masks)
             yield delta
+
+
+def _unpacked(mask: np.ndarray[Any, np.dtype[np.uint8]], into: Tensor) -> Tensor:
+    """Return (n,) ones and zeros in a row of scratch."""
+    return into.copy_(torch.from_numpy(np.unpackbits(mask, count=into.numel())))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ft.algebra import overlap
+from mergekit_ft.algebra.cells import count_ones
 from mergekit_ft.contract import About, Block, Measure, Operator, Place, Survey, shared
 
 
@@ -80,5 +81,5 @@ class RamplusTl(Operator):
             torch.ops.aten.hardshrink.out(delta, self.epsilon, out=delta)
             count.add_(torch.ne(delta, 0, out=mask))
         alone = torch.eq(count, 1, out=delta)
-        rows = [(torch.count_nonzero(m), torch.count_nonzero(m.mul_(alone))) for m in masks]
+        rows = [[count_ones(mask), count_ones(mask.mul_(alone))] for mask in masks]
         return torch.stack([torch.stack(row) for row in rows])

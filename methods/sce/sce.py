@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ft.algebra import selection
-from mergekit_ft.algebra.cells import by_cell, exact, totals
+from mergekit_ft.algebra.cells import by_cell, count_ones, exact, totals
 from mergekit_ft.algebra.deltas import subtract_base
 from mergekit_ft.algebra.selection import Cut
 from mergekit_ft.contract import About, Block, Measure, Operator, Place, Share, Survey, shared
@@ -56,7 +56,7 @@ class Sce(Operator):
         """Find the places that are kept and the models' weights; None where no place is."""
         cut = None
         if self.select_topk < 1.0:
-            (differing,) = yield (Measure(lambda block: torch.count_nonzero(_variance(block, 0))),)
+            (differing,) = yield (Measure(_differing),)
             count = math.trunc(int(differing) * self.select_topk)
             if not count:
                 return None
@@ -72,7 +72,9 @@ class Sce(Operator):
         kept = None if cut is None else _kept(block, cut)
         deltas = subtract_base(block.tuned, block.base)
         sign, mix, heard = block.scratch[1], block.scratch[2], block.scratch[3]
-        torch.sum(deltas, dim=0, out=mix)
+        mix.copy_(deltas[0])
+        for delta in deltas[1:]:
+            mix.add_(delta)
         torch.ge(mix, 0, out=sign).mul_(2).sub_(1)
         mix.zero_()
         heard.zero_()
@@ -113,6 +115,11 @@ def _variance(block: Block, _: int) -> Tensor:
         torch.sub(other, first, out=step).sub_(mean)
         total.addcmul_(step, step)
     return total.div_(k)
+
+
+def _differing(block: Block) -> Tensor:
+    """Count the places whose variance is not zero."""
+    return count_ones(_variance(block, 0).gt_(0))
 
 
 def _kept(block: Block, cut: Cut) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -165,6 +166,16 @@ def test_a_model_that_alone_is_heard_is_copied_unless_it_is_dropped_from() -> No
     whole = DellaLinear(weight=(0.0, 1.0), density=(1.0, 1.0), epsilon=(0.1, 0.1))
     assert whole.copies(2, "w", NOWHERE) == 1
     assert whole.model_copy(update={"density": (1.0, 0.5)}).copies(2, "w", NOWHERE) is None
+
+
+def test_masks_that_there_is_no_room_to_keep_are_made_again_the_same() -> None:
+    base, *tuned = vectors(2, 300 * 451)
+    operator = DellaLinear(weight=(1.0, 0.5), density=(0.5, 0.8), epsilon=(0.2, 0.1), seed=7)
+    roomy, tight = (Case(operator, base, *tuned, shape=(300, 451)) for _ in range(2))
+    tight.about = replace(tight.about, spare=2 * base.numel() // 8 - 1)
+    assert roomy.finding().masks
+    assert not tight.finding().masks
+    assert torch.equal(roomy.merged(), tight.merged())
 
 
 @pytest.mark.parametrize("rescaling", ["norm", "probability"])

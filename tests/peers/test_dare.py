@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.peers.both import our_merge, their_merge
 from tests.peers.conftest import Checkpoints
+from tests.peers.draws import DRAWS, Draws
 from tests.peers.families import Family
 from tests.peers.peer import Peer, Plan, tensors_of
 from tests.peers.plans import plan_of
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.peer
 
 LARGE = {"vocab_size": 5003, "hidden_size": 64, "layers": 1}  # embeddings of 320,192 elements
 SIGMAS = 4.0
-DRAWS = 60
 METHODS = ["dare_linear", "dare_ties"]
 DENSITIES = [0.1, 0.5, 0.83]
 
@@ -114,29 +114,6 @@ def test_the_masks_of_two_models_are_independent_as_the_peers(
     for merged in (our_merge(plan), their_merge(peer, family, plan, seed=2)):
         seen = (outcomes - delta_of(merged, family)).abs().argmin(0).bincount(minlength=4)
         assert float(((seen - expected) ** 2 / expected).sum()) < 21.1  # chi-square(3): p = 1e-4
-
-
-class Draws:
-    """The deltas of one plan under many seeds, by both toolkits; each is (draws, elements)."""
-
-    def __init__(self, peer: Peer, family: Family, plan: Plan, **ours_alone: str) -> None:
-        self.base = tensors_of(Path(family.base))
-        # In a small tensor, the factor that restores the norm varies much from draw to draw.
-        self.names = [name for name in sorted(self.base) if self.base[name].numel() >= 256]
-
-        def seeded(seed: int) -> Plan:
-            return {**plan, "parameters": {**plan["parameters"], **ours_alone, "seed": seed}}
-
-        self.ours = torch.stack([self._row(our_merge(seeded(i))) for i in range(DRAWS)])
-        theirs = (their_merge(peer, family, plan, seed=i) for i in range(DRAWS))
-        self.theirs = torch.stack([self._row(merged) for merged in theirs])
-
-    def delta(self, path: str) -> Tensor:
-        """Return (elements,) the whole delta of a model."""
-        return self._row(tensors_of(Path(path)))
-
-    def _row(self, merged: dict[str, Tensor]) -> Tensor:
-        return torch.cat([(merged[n].double() - self.base[n]).flatten() for n in self.names])
 
 
 def test_every_element_is_kept_as_often_as_it_should_be(
