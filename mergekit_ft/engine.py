@@ -15,7 +15,7 @@ from torch import Tensor
 from mergekit_ft import __version__
 from mergekit_ft.blocks import Crew, Span, block_bytes, block_size, longest, view_of, whole
 from mergekit_ft.checkpoint import card, conflicts, layout, lock, sides
-from mergekit_ft.checkpoint.digests import Digests
+from mergekit_ft.checkpoint.digests import Digests, Following
 from mergekit_ft.errors import OperatorError, SourceError, WriteError
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.passes import Passes
@@ -72,13 +72,15 @@ def run(resolution: Resolution, out: Path, options: Options, watcher: Progress) 
         if writer.complete:
             writer.commit({})
             return _result(resolution, out, lock.read(out))
-        for file in files:
-            digests.follow(writer.part / file.name, writer.growth(file.name))
+        hashing = {
+            file.name: digests.follow(writer.part / file.name, writer.growth(file.name))
+            for file in files
+        }
         passes.touch = lambda ref: _start(digests, ref)
         passes.findings = writer.findings
         watcher.start(_bytes_to_move(passes, writer), f"merging into {out}")
         passes.survey_model(writer.note_finding)
-        passes.merge(_IntoFiles(writer), lambda task: task.name in writer.changed)
+        passes.merge(_IntoFiles(writer, hashing), lambda task: task.name in writer.changed)
         _require_change(resolution, writer, options)
         receipt = _surround(resolution, writer, digests, options)
         writer.commit(receipt)
@@ -91,13 +93,15 @@ def _start(digests: Digests, ref: Ref) -> None:
 
 
 class _IntoFiles:
-    """Hands tensors to the writer."""
+    """Hands tensors to the writer, and to those who hash its files."""
 
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
+    def __init__(self, writer: Writer, hashing: Mapping[str, Following]) -> None:
+        self._writer, self._hashing = writer, hashing
 
     def put(self, task: Task, span: Span, out: Tensor) -> None:
-        self._writer.write(task.name, span.start * SIZE[task.dtype], view_of(out))
+        data = view_of(out)
+        file, position = self._writer.write(task.name, span.start * SIZE[task.dtype], data)
+        self._hashing[file].advance(position, data)
 
     def finish(self, task: Task, changed: bool) -> None:
         self._writer.finish(task.name, task.nbytes, changed)

@@ -69,30 +69,17 @@ class Growth:
     """How far a file is written without a gap, for one who reads it from the start."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.end, self.cancelled = size, 0, False
+        self.size, self.end = size, 0
         self._apart: dict[int, int] = {}  # start -> stop of runs beyond the gap
-        self._turn = threading.Condition()
+        self._lock = threading.Lock()
 
     def add(self, start: int, stop: int) -> None:
         """Say that these bytes are written."""
-        with self._turn:
+        with self._lock:
             if stop > start:
                 self._apart[start] = stop
             while self.end in self._apart:
                 self.end = self._apart.pop(self.end)
-            self._turn.notify_all()
-
-    def cancel(self) -> None:
-        """Let everyone who waits go."""
-        with self._turn:
-            self.cancelled = True
-            self._turn.notify_all()
-
-    def wait_beyond(self, position: int) -> int:
-        """Return how far the file reaches, once that is beyond `position`; 0 when cancelled."""
-        with self._turn:
-            self._turn.wait_for(lambda: self.end > position or self.cancelled)
-            return 0 if self.cancelled else self.end
 
 
 class Writer:
@@ -155,8 +142,6 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for growth in self._growth.values():
-            growth.cancel()
         if error is not None and self._journal is not None:
             keep = isinstance(error, (WriteError, KeyboardInterrupt))
             try:
@@ -168,8 +153,8 @@ class Writer:
                 shutil.rmtree(self.part, ignore_errors=True)
         self._close()
 
-    def write(self, tensor: str, start: int, data: memoryview) -> None:
-        """Write bytes of a tensor, from its byte `start` on."""
+    def write(self, tensor: str, start: int, data: memoryview) -> tuple[str, int]:
+        """Write bytes of a tensor, from its byte `start` on; return the file and where in it."""
         file, begin = self._places[tensor]
         position, done = begin + start, 0
         try:
@@ -178,6 +163,7 @@ class Writer:
         except OSError as error:
             raise self._failure(error) from error
         self._growth[file].add(position, position + len(data))
+        return file, position
 
     def finish(self, tensor: str, nbytes: int, changed: bool) -> None:
         """Note in the journal that a tensor is whole."""

@@ -7,12 +7,12 @@ import json
 import os
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from mergekit_ft.checkpoint.digests import CHUNK, Cancelled, Digests, default_memory
+from mergekit_ft.checkpoint.digests import CHUNK, Digests, Following, default_memory
 from mergekit_ft.writer import Growth
 
 LONG_AGO = 1_600_000_000
@@ -56,26 +56,53 @@ def test_a_growing_file_is_hashed_behind_its_first_gap(tmp_path: Path, memory: P
     path.write_bytes(bytes(len(data)))
     growth = Growth(len(data))
     with Digests(1, memory) as hasher, open(path, "r+b", buffering=0) as into:
-        hasher.follow(path, growth)
+        following = hasher.follow(path, growth)
         for start in (CHUNK, 0, 2 * CHUNK):  # the second chunk before the first
             into.seek(start)
             into.write(data[start : start + CHUNK])
             growth.add(start, start + CHUNK)
+            following.advance(start, memoryview(data)[start : start + CHUNK])
         assert hasher.of(path) == sha(data)
 
 
-def test_a_file_that_stops_growing_is_given_up_when_the_run_ends(
-    tmp_path: Path, memory: Path
-) -> None:
+def test_what_was_just_written_is_not_read_again(tmp_path: Path) -> None:
+    data, path, growth = os.urandom(300), tmp_path / "growing", Growth(300)
+    path.write_bytes(data[:100] + bytes(100) + data[200:])  # the second part is not on disk
+    following = Following(path, growth)
+    for start in (200, 0, 100):
+        growth.add(start, start + 100)
+        following.advance(start, memoryview(data)[start : start + 100])
+    assert following.result() == sha(data)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_many_who_write_hash_a_file_once_and_in_order(tmp_path: Path, threads: int) -> None:
+    pieces, length = 400, 1000
+    data, path, growth = os.urandom(pieces * length), tmp_path / "growing", Growth(pieces * length)
+    path.write_bytes(bytes(len(data)))
+    following, into = Following(path, growth), os.open(path, os.O_RDWR)
+
+    def write(number: int) -> None:
+        for i in range(number, pieces, threads):
+            start = i * length
+            os.pwrite(into, data[start : start + length], start)
+            growth.add(start, start + length)
+            following.advance(start, memoryview(data)[start : start + length])
+
+    with ThreadPoolExecutor(threads) as writers:
+        list(writers.map(write, range(threads)))
+    os.close(into)
+    assert following.result() == sha(data)
+
+
+def test_a_file_that_is_not_whole_has_no_digest(tmp_path: Path, memory: Path) -> None:
     path, growth = tmp_path / "growing", Growth(10)
     path.write_bytes(bytes(10))
-    hasher = Digests(1, memory)
-    hasher.follow(path, growth)
     growth.add(0, 5)
-    growth.cancel()
-    hasher.close()
-    with pytest.raises((Cancelled, CancelledError)):
-        hasher.of(path)
+    with Digests(1, memory) as hasher:
+        hasher.follow(path, growth)
+        with pytest.raises(OSError, match="byte 5 of 10"):
+            hasher.of(path)
 
 
 def test_closing_ends_every_thread(file: Path, memory: Path) -> None:
@@ -92,9 +119,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     seen: list[Path] = []
     original = Digests._digest
 
-    def noted(self: Digests, path: Path, growth: Growth | None) -> str:
+    def noted(self: Digests, path: Path) -> str:
         seen.append(path)
-        return original(self, path, growth)
+        return original(self, path)
 
     monkeypatch.setattr(Digests, "_digest", noted)
     return seen
@@ -131,8 +158,8 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
 ) -> None:
     original = Digests._digest
 
-    def changing(self: Digests, path: Path, growth: Growth | None) -> str:
-        found = original(self, path, growth)
+    def changing(self: Digests, path: Path) -> str:
+        found = original(self, path)
         path.write_bytes(b"other")
         return found
 

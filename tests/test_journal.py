@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -25,16 +24,7 @@ def test_a_file_grows_to_its_first_gap_in_whatever_order_it_is_written(
         written |= set(range(starts[i], starts[i] + lengths[i]))
         gap = next(byte for byte in range(growth.size + 1) if byte not in written)
         assert growth.end == gap
-    assert growth.wait_beyond(growth.size - 1) == growth.size
-
-
-def test_whoever_waits_for_a_file_is_let_go_when_the_run_ends() -> None:
-    growth, found = Growth(10), list[int]()
-    waiting = threading.Thread(target=lambda: found.append(growth.wait_beyond(0)))
-    waiting.start()
-    growth.cancel()
-    waiting.join(5)
-    assert found == [0]
+    assert growth.end == growth.size
 
 
 def test_a_journal_is_read_up_to_a_line_that_was_not_written_whole(tmp_path: Path) -> None:

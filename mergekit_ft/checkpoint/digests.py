@@ -19,13 +19,66 @@ class Growing(Protocol):
     """A file that is being written."""
 
     size: int
-
-    def wait_beyond(self, position: int) -> int:
-        """Return how far the file reaches, once that is beyond `position`; 0 when cancelled."""
+    end: int  # how far it is written without a gap
 
 
 class Cancelled(Exception):
     """The run ended before the file was hashed."""
+
+
+class Following:
+    """Hashes a file while it is written, in the threads of those who write it.
+
+    They do it one at a time, and the others go on; so nothing is left to do at the end.
+    """
+
+    def __init__(self, path: Path, growth: Growing) -> None:
+        self.path, self.growth = path, growth
+        self._sha, self._position = hashlib.sha256(), 0
+        self._turn = threading.Lock()
+
+    def advance(self, start: int, data: memoryview) -> None:
+        """Hash what is written without a gap, unless another thread is at it.
+
+        `data` was just written from byte `start` on, and need not be read again.
+        """
+        if self._turn.acquire(blocking=False):
+            try:
+                self._catch_up(start, data)
+            finally:
+                self._turn.release()
+
+    def result(self) -> str:
+        """Return the digest of the whole file, in hexadecimal."""
+        with self._turn:
+            self._catch_up(self.growth.size, memoryview(b""))
+        if self._position != self.growth.size:
+            raise OSError(f"{self.path} ended at byte {self._position} of {self.growth.size}")
+        return self._sha.hexdigest()
+
+    def _catch_up(self, start: int, data: memoryview) -> None:
+        if self._position == start:
+            self._take(data)
+        while self._position < (end := self.growth.end):
+            stop = start if self._position < start < end else end
+            self._read(stop)
+            if self._position == start:
+                self._take(data)
+
+    def _take(self, data: memoryview) -> None:
+        self._sha.update(data)
+        self._position += len(data)
+
+    def _read(self, stop: int) -> None:
+        """Hash the file's bytes up to `stop`."""
+        buffer = memoryview(bytearray(min(CHUNK, stop - self._position)))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._position)
+            while self._position < stop:
+                got = file.readinto(buffer[: min(CHUNK, stop - self._position)])
+                if not got:
+                    raise OSError(f"{self.path} ended at byte {self._position}, before {stop}")
+                self._take(buffer[:got])
 
 
 class Digests:
@@ -33,7 +86,7 @@ class Digests:
 
     def __init__(self, threads: int, memory: Path | None = None) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="digest")
-        self._followers = ThreadPoolExecutor(1, thread_name_prefix="digest-output")
+        self._followed: dict[Path, Following] = {}
         self._memory = _Memory(memory or default_memory())
         self._futures: dict[Path, Future[str]] = {}
         self._cancelled = threading.Event()
@@ -51,13 +104,15 @@ class Digests:
             if path not in self._futures and not self._cancelled.is_set():
                 self._futures[path] = self._pool.submit(self._remembered, path)
 
-    def follow(self, path: Path, growth: Growing) -> None:
-        """Begin to hash a file while it is being written."""
-        with self._lock:
-            self._futures[path] = self._followers.submit(self._digest, path, growth)
+    def follow(self, path: Path, growth: Growing) -> Following:
+        """Return what hashes a file while it is being written."""
+        self._followed[path] = Following(path, growth)
+        return self._followed[path]
 
     def of(self, path: Path) -> str:
         """Return the digest of a file in hexadecimal."""
+        if path in self._followed:
+            return self._followed[path].result()
         self.start(path)
         return self._futures[path].result()
 
@@ -65,33 +120,25 @@ class Digests:
         """Stop what is under way."""
         with self._lock:
             self._cancelled.set()
-        for pool in (self._pool, self._followers):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self._memory.save()
 
     def _remembered(self, path: Path) -> str:
         stamp = _stamp(path)
         digest = self._memory.recall(path, stamp)
         if digest is None:
-            digest = self._digest(path, None)
+            digest = self._digest(path)
             if _stamp(path) == stamp:
                 self._memory.keep(path, stamp, digest)
         return digest
 
-    def _digest(self, path: Path, growth: Growing | None) -> str:
-        sha, position = hashlib.sha256(), 0
-        buffer = memoryview(bytearray(CHUNK))
+    def _digest(self, path: Path) -> str:
+        sha, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
         with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size if growth is None else growth.size
-            while position < size:
-                limit = size if growth is None else growth.wait_beyond(position)
-                if self._cancelled.is_set() or limit == 0:
+            while got := file.readinto(buffer):
+                if self._cancelled.is_set():
                     raise Cancelled(str(path))
-                got = file.readinto(buffer[: min(CHUNK, limit - position)])
-                if not got:
-                    raise OSError(f"{path} ended at byte {position} of {size}")
                 sha.update(buffer[:got])
-                position += got
         return sha.hexdigest()
 
 
