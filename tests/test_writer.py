@@ -199,10 +199,10 @@ def during(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]
     """Do something at the n-th write of a merge, and nothing at any write within that."""
     calls, write = iter(range(1, 10**6)), Writer.write
 
-    def acting(*given: Any) -> None:
+    def acting(*given: Any) -> tuple[str, int]:
         if next(calls) == number:
             act()
-        write(*given)
+        return write(*given)
 
     monkeypatch.setattr(Writer, "write", acting)
 
