@@ -1,0 +1,39 @@
+"""A plan whose every word has found its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from mergekit_ft.plan import Plan
+from mergekit_ft.resolution.tasks import Task
+from mergekit_ft.sources import Source
+
+
+@dataclass
+class Resolution:
+    """A plan whose every word has found its tensors."""
+
+    plan: Plan
+    base: Source | None
+    donor: Source  # of names, layout, config and side files: the base, else the first model
+    members: tuple[Source, ...]  # (k,) the rows of a block, in order
+    tasks: list[Task]  # in the order of the donor's files
+    unused: dict[str, list[str]] = field(default_factory=dict)  # by model: tensors never read
+    notes: list[str] = field(default_factory=list)  # what a user should know and cannot mend here
+
+    @property
+    def sources(self) -> list[Source]:
+        """Return every source once."""
+        everyone = [self.donor, *self.members, *([self.base] if self.base else [])]
+        return list({id(source): source for source in everyone}.values())
+
+    @cached_property
+    def merged(self) -> list[Task]:
+        """Return the tasks that arithmetic is done for."""
+        return [task for task in self.tasks if task.operator is not None]
+
+    def close(self) -> None:
+        """Let go of every source."""
+        for source in self.sources:
+            source.close()

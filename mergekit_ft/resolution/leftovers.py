@@ -1,0 +1,49 @@
+"""What a merge leaves unread or stores otherwise, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mergekit_ft.resolution.found import Resolution
+from mergekit_ft.sources import Source, TensorInfo
+
+NAMED = 5  # tensors named before "and N more"
+
+
+def unused(found: Resolution) -> dict[str, list[str]]:
+    """Return, by model, the tensors that no task reads."""
+    read: dict[int, set[str]] = {id(source): set() for source in found.sources}
+    for task in found.tasks:
+        for ref in (task.base, task.copy, *task.tuned):
+            if ref is not None:
+                read[id(ref.source)].add(ref.name)
+    rest = {s.reference: [name for name in s if name not in read[id(s)]] for s in found.sources}
+    return {reference: names for reference, names in rest.items() if names}
+
+
+def notes(found: Resolution) -> Iterator[str]:
+    """Say what is not used, and what is stored in another dtype than it was read."""
+    donor = found.donor
+    stored = {task.name: task.dtype for task in found.tasks}
+    for reference, names in found.unused.items():
+        yield f"{reference}: {named(names)} not in {donor.reference}, so not used"
+    for source in found.sources:
+        other = [name for name in donor if _stored_otherwise(source, donor[name])]
+        if other:
+            first = other[0]
+            yield (
+                f"{source.reference}: {named(other)} stored as {source[first].dtype}, "
+                f"{donor[first].dtype} in {donor.reference}; the output is {stored[first]}"
+            )
+
+
+def named(names: Sequence[str]) -> str:
+    """Return a count and the first few names."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    noun = "tensor" if len(names) == 1 else "tensors"
+    return f"{len(names)} {noun} ({', '.join(names[:NAMED])}{more})"
+
+
+def _stored_otherwise(source: Source, info: TensorInfo) -> bool:
+    name = source.locate(info.name)
+    return name == info.name and source[name].dtype != info.dtype
