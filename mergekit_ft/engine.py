@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ from mergekit_ft.errors import OperatorError, SourceError, WriteError
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.passes import Passes
 from mergekit_ft.plan import read
-from mergekit_ft.resolution import Ref, Resolution, Task, resolve
+from mergekit_ft.resolution import Ref, Resolution, Task
 from mergekit_ft.sources import SourceFile
 from mergekit_ft.sources.dtypes import SIZE
 from mergekit_ft.sources.sides import PLAN
+from mergekit_ft.stages import resolve
 from mergekit_ft.writer import Writer
 
 CARD, INDEX = "README.md", "model.safetensors.index.json"
 
-PlanLike = str | os.PathLike[str] | Mapping[str, Any]
+Words = Mapping[str, Any]
+PlanLike = str | os.PathLike[str] | Words | Sequence[Words]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Result:
 def merge(
     plan: PlanLike, out: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any
 ) -> Result:
-    """Carry out a plan (a file, its text, or a mapping) and write the checkpoint to `out`.
+    """Carry out a plan (a file, its text, or mappings) and write the checkpoint to `out`.
 
     Options are the fields of `Options`. Raises `MergekitError` and leaves no `out` behind.
     """
@@ -153,7 +155,7 @@ def _surround(
     outputs = {name: _recorded(part / name, digests) for name in (*names, PLAN)}
     inputs = {
         str(source): {name: _identified(file, digests) for name, file in source.inputs.items()}
-        for source in resolution.sources
+        for source in resolution.leaves
     }
     parts = (inputs, writer.findings, options.kept(), writer.changed)
     text = card.card(resolution, lock.receipt(resolution, outputs, *parts))
@@ -196,7 +198,7 @@ def _identity(resolution: Resolution, options: Options) -> str:
 def _refuse_sources_as_out(resolution: Resolution, out: Path) -> None:
     """Refuse an OUT that would replace a model, or come along as one of its side files."""
     place = out.resolve()
-    for source in resolution.sources:
+    for source in resolution.leaves:
         single = [] if source.folder else [file.path for file in source.inputs.values()]
         for path in [source.folder] if source.folder else single:
             real = path.resolve()

@@ -184,11 +184,7 @@ class Passes:
             finding = yield from self._finding(task)
 
         def piece(span: Span, station: Station) -> None:
-            if task.copy is not None:
-                out = self._copied(station, task, task.copy, span)
-            else:
-                out = self._merged(station, task, span, finding)
-            self._require_finite(station, task, span, out)
+            out = self.values(task, span, station, finding)
             if not changed[0] and _differs(station, task, base, span, out):
                 changed[0] = True  # by whichever worker sees it; nobody sets it back
             sink.put(task, span, out)
@@ -196,6 +192,25 @@ class Passes:
 
         yield from self._pieces(task, piece)
         sink.finish(task, changed[0])
+
+    def values(self, task: Task, span: Span, station: Station, finding: Finding) -> Tensor:
+        """Return (n,) the stored values of a span, in the station's memory."""
+        if task.copy is not None:
+            out = self._copied(station, task, task.copy, span)
+        else:
+            out = self._merged(station, task, span, finding)
+        self._require_finite(station, task, span, out)
+        return out
+
+    def finding(self, task: Task) -> Finding:
+        """Return what the survey of a task finds; those over the whole model come before."""
+        found = []
+
+        def job() -> Job:
+            found.append((yield from self._finding(task)))
+
+        self.crew.run([job()])
+        return found[0]
 
     def _merged(self, station: Station, task: Task, span: Span, finding: Finding) -> Tensor:
         block = load(station, task, span)

@@ -16,8 +16,9 @@ from torch import Tensor
 from mergekit_ft.checkpoint import card, config, layout, licences, lock, sides
 from mergekit_ft.errors import SourceError
 from mergekit_ft.plan import read
-from mergekit_ft.resolution import Resolution, resolve
+from mergekit_ft.resolution import Resolution
 from mergekit_ft.sources import open_source
+from mergekit_ft.stages import resolve
 from tests.checkpoints import write_checkpoint
 
 NAMES = [

@@ -203,7 +203,7 @@ def test_an_alias_bomb_is_stopped() -> None:
         ("# only words\n", "the plan is empty"),
         ("- a\n- b\n", "plan:1:1: a plan is a mapping of keys to values; got a list"),
         ("? [a]\n: b\n", "plan:1:3: a key must be a word"),
-        (MEAN + "---\n" + MEAN, "plan:5:1: a second document (`---`): plans of several stages"),
+        (MEAN + "---\n" + MEAN, "plan:5:1: a second document without `name:`"),
     ],
 )
 def test_texts_that_are_no_plan_say_why_and_where(text: str, told: str) -> None:

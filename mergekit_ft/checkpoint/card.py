@@ -68,7 +68,7 @@ def _title(resolution: Resolution) -> str:
 
 
 def _front(resolution: Resolution) -> dict[str, Any]:
-    named = [model for source in resolution.sources for model in _on_hub(source)]
+    named = [model for source in resolution.leaves for model in _on_hub(source)]
     front = dict(licences.agreed(resolution))
     if named:
         front |= {"base_model": list(dict.fromkeys(named)), "base_model_relation": "merge"}
@@ -87,7 +87,7 @@ def _on_hub(source: Source) -> Iterator[str]:
 
 def _models(resolution: Resolution) -> str:
     lines = ["## Models\n"]
-    for source in resolution.sources:
+    for source in resolution.leaves:
         role = " (base)" if source is resolution.base else ""
         lines.append(f"- `{source}`{role}: licence {_plain(str(licences.of(source)))}")
     if resolution.plan.stored_dtype:

@@ -20,7 +20,15 @@ FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the second wins,
 
 
 def conflicts(resolution: Resolution) -> list[str]:
-    """Return every disagreement that changes what the merged weights mean."""
+    """Return every disagreement that changes what the merged weights mean, those of stages too."""
+    return [
+        f"{name}: {line}" if name else line
+        for name, part in resolution.parts.items()
+        for line in _within(part)
+    ]
+
+
+def _within(resolution: Resolution) -> list[str]:
     donor = resolution.donor
     others = [source for source in resolution.sources if source is not donor]
     found = [line for other in others for line in config.differences(donor, other)]
@@ -33,7 +41,8 @@ def require_none(resolution: Resolution) -> None:
     unused = [
         f"{reference}: not used: {', '.join(names[:3])}"
         + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for reference, names in resolution.unused.items()
+        for part in resolution.parts.values()
+        for reference, names in part.unused.items()
     ]
     found = [*conflicts(resolution), *unused]
     if found:

@@ -53,13 +53,13 @@ def of(source: Source) -> Licence:
 
 def agreed(resolution: Resolution) -> Mapping[str, Any]:
     """Return the licence of the output's card: that of all models which state one, else nothing."""
-    stated = [licence for licence in map(of, resolution.sources) if licence.name]
+    stated = [licence for licence in map(of, resolution.leaves) if licence.name]
     return stated[0].stated if len({licence.name for licence in stated}) == 1 else {}
 
 
 def warnings(resolution: Resolution) -> Iterator[str]:
     """Say where licences conflict, are not stated, or speak against commercial use."""
-    found = {source.reference: of(source) for source in resolution.sources}
+    found = {source.reference: of(source) for source in resolution.leaves}
     names = {licence.name for licence in found.values() if licence.name}
     if len(names) > 1:
         said = ", ".join(f"{model}: {licence}" for model, licence in found.items())

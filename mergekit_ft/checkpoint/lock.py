@@ -48,7 +48,7 @@ def receipt(
         "ids": list(resolution.tasks[0].ids),
         "options": dict(options),
         "seed": next((s for task in resolution.tasks if (s := _seed(task)) is not None), None),
-        "sources": [_source(source, inputs) for source in resolution.sources],
+        "sources": [_source(source, inputs) for source in resolution.leaves],
         "outputs": {name: dict(outputs[name]) for name in sorted(outputs)},
         "findings": dict(findings),
         "changed": {task.name: changed[task.name] for task in resolution.tasks},

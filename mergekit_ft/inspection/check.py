@@ -12,7 +12,8 @@ from mergekit_ft.contract import About, Survey
 from mergekit_ft.inspection import settings
 from mergekit_ft.inspection.tables import count, size
 from mergekit_ft.plan import read
-from mergekit_ft.resolution import Resolution, Task, resolve
+from mergekit_ft.resolution import Resolution, Task
+from mergekit_ft.stages import resolve
 
 if TYPE_CHECKING:
     from mergekit_ft.options import Options
@@ -42,6 +43,7 @@ def report(resolution: Resolution, options: Options) -> Report:
         "method": plan.merge_method,
         "then": [step.method for step in plan.then],
         "sources": [_source(source, resolution) for source in resolution.sources],
+        "stages": {name: _stage(part) for name, part in resolution.stages.items()},
         "tensors": {
             "output": len(tasks),
             "merged": len(tasks) - copied,
@@ -77,6 +79,17 @@ def _source(source: Source, resolution: Resolution) -> Report:
         "tensors": len(source),
         "bytes": sum(info.nbytes for info in source.values()),
         "files": len(source.files),
+    }
+
+
+def _stage(part: Resolution) -> Report:
+    """Return what a stage merges; its values are made as they are read, and never written."""
+    return {
+        "method": part.plan.merge_method,
+        "then": [step.method for step in part.plan.then],
+        "sources": [_source(source, part) for source in part.sources],
+        "merged": len(part.merged),
+        "parameters": settings.as_json(settings.rows(part)),
     }
 
 
@@ -175,6 +188,10 @@ def lines(report: Report, resolution: Resolution) -> Iterator[str]:
     yield f"{report['plan']}: {report['method']}{then}"
     for source in report["sources"]:
         yield _source_line(source)
+    for name, stage in report["stages"].items():
+        then = "".join(f", then {method}" for method in stage["then"])
+        yield f"  {name} is made as it is read: {stage['method']}{then}"
+        yield from (f"  {_source_line(source)}" for source in stage["sources"])
     tensors, moved, memory = report["tensors"], report["bytes"], report["memory"]
     unused = sum(map(len, tensors["unused"].values()))
     yield (

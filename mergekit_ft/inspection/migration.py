@@ -12,9 +12,10 @@ from typing import Any
 from mergekit_ft import registry
 from mergekit_ft.errors import Fault, MergekitError, PlanError
 from mergekit_ft.plan import Plan, Reading
+from mergekit_ft.plan.marks import documents
 from mergekit_ft.plan.pruning import embedded, pruned
 from mergekit_ft.plan.reader import load, read_text
-from mergekit_ft.resolution import resolve
+from mergekit_ft.stages import resolve
 
 ROUNDS = 5  # what goes may leave something else without effect
 SAME = re.compile(r",? as (?:in mergekit|mergekit(?:'s|s)? [^.;,]*)")
@@ -40,6 +41,7 @@ def migrate(plan: str | os.PathLike[str], *, block: int | None = None, **opening
     """
     text, file = load(plan)
     text, lines = _plan_in(text, file, block)
+    _require_one(text, file)
     reading, unopened = _resolved(text, file, opening, lenient=True)
     removed = sorted(reading.remarks, key=lambda fault: (fault.line, fault.column))
     faults = [fault for fault in reading.faults if fault.kind == "plan"]
@@ -49,6 +51,12 @@ def migrate(plan: str | os.PathLike[str], *, block: int | None = None, **opening
         notes.append("comments are lost: words that go stand in an anchor that others need")
     differences = list(_differences(reading.plan)) if reading.plan is not None else []
     return Migration(file, lines, result.lstrip("\n"), removed, differences, notes, faults)
+
+
+def _require_one(text: str, file: str) -> None:
+    if len(documents(text, file, last=True)) > 1:
+        message = "holds several documents (`---`); migrate each as a plan of its own"
+        raise PlanError([Fault(message, file)])
 
 
 def _plan_in(text: str, file: str, block: int | None) -> tuple[str, tuple[int, int] | None]:

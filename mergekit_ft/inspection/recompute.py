@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mergekit_ft.contract import About
 from mergekit_ft.errors import SourceError
-from mergekit_ft.plan import ModelReference, Plan, read
-from mergekit_ft.resolution import Ref, Resolution, Task, resolve
+from mergekit_ft.plan import ModelReference, read
+from mergekit_ft.resolution import Ref, Resolution, Task
 from mergekit_ft.sources.dtypes import TORCH
+from mergekit_ft.stages import resolve
 
 if TYPE_CHECKING:
     from mergekit_ft.sources import Source
@@ -51,10 +52,11 @@ def reopen(
 ) -> Resolution:
     """Resolve a receipt's plan again, at the revisions it names; relative paths are looked for."""
     lenient = bool(receipt["options"].get("lenient"))
-    plan = read(receipt["plan"].rstrip("\n") + "\n", lenient=lenient).accepted()
-    pinned = _pinned(plan, _Finder(receipt, out, root))
+    reading = read(receipt["plan"].rstrip("\n") + "\n", lenient=lenient)
+    reading.accepted()
+    finder = _Finder(receipt, out, root)
     allow_pickle = bool(receipt["options"].get("allow_pickle"))
-    return resolve(read(pinned, lenient=lenient), offline=offline, allow_pickle=allow_pickle)
+    return resolve(reading, find=finder.find, offline=offline, allow_pickle=allow_pickle)
 
 
 class _Finder:
@@ -64,14 +66,14 @@ class _Finder:
         self._sources = receipt["sources"]
         self._homes = [root] if root is not None else [Path.cwd(), *out.resolve().parents]
 
-    def find(self, model: ModelReference) -> dict[str, str]:
-        """Return the path and the revision by which a model is opened again."""
+    def find(self, model: ModelReference) -> ModelReference:
+        """Return the reference by which a model is opened again."""
         entries = [entry for entry in self._sources if entry["reference"] == model.path]
         revisions = {entry["revision"] for entry in entries} - {None}
         if revisions:
             pinned = revisions.pop() if len(revisions) == 1 else model.revision
-            return {"path": model.path} | ({"revision": pinned} if pinned else {})
-        return {"path": str(self._local(model.path, entries))}
+            return model.model_copy(update={"revision": pinned})
+        return model.model_copy(update={"path": str(self._local(model.path, entries))})
 
     def _local(self, path: str, entries: Sequence[Mapping[str, Any]]) -> Path:
         there = [home / path for home in self._homes if (home / path).exists()]
@@ -89,19 +91,6 @@ def _has_sizes(place: Path, entries: Sequence[Mapping[str, Any]]) -> bool:
     whole = place.is_file()  # a source of a single file
     paths = [(place if whole else place / name, file["size"]) for name, file in files]
     return all(path.is_file() and os.path.getsize(path) == size for path, size in paths)
-
-
-def _pinned(plan: Plan, finder: _Finder) -> dict[str, Any]:
-    """Return the plan as a mapping whose models are where they are now."""
-    words = plan.model_dump(include={"merge_method", "parameters", "dtype", "out_dtype"})
-    words["models"] = [
-        {"model": finder.find(entry.model), "parameters": dict(entry.parameters)}
-        for entry in plan.models
-    ]
-    if plan.base_model is not None:
-        words["base_model"] = finder.find(plan.base_model)
-    words["then"] = [{step.method: dict(step.parameters)} for step in plan.then]
-    return {key: value for key, value in words.items() if value not in (None, {}, [])}
 
 
 def need(task: Task) -> int:

@@ -104,9 +104,9 @@ def _files(out: Path, recorded: Mapping[str, Mapping[str, Any]], advance: Advanc
 
 def _inputs(resolution: Resolution, receipt: Report, advance: Advance) -> Report:
     """Hash the weight files of every source, and compare its config."""
-    if len(resolution.sources) != len(receipt["sources"]):
+    if len(resolution.leaves) != len(receipt["sources"]):
         raise SourceError(f"{RECEIPT}: its sources are not those of its plan; restore it")
-    entries = list(zip(resolution.sources, receipt["sources"], strict=True))
+    entries = list(zip(resolution.leaves, receipt["sources"], strict=True))
     wanted, differ = [], []
     for source, entry in entries:
         paths = {name: file.path for name, file in source.inputs.items()}

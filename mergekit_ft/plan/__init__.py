@@ -5,5 +5,16 @@ from mergekit_ft.plan.parameters import Lookup
 from mergekit_ft.plan.reader import read
 from mergekit_ft.plan.reading import Reading
 from mergekit_ft.plan.schema import schema
+from mergekit_ft.plan.stages import nearest_stage
 
-__all__ = ["Entry", "Lookup", "ModelReference", "Plan", "Reading", "Step", "read", "schema"]
+__all__ = [
+    "Entry",
+    "Lookup",
+    "ModelReference",
+    "Plan",
+    "Reading",
+    "Step",
+    "nearest_stage",
+    "read",
+    "schema",
+]

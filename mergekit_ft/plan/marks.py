@@ -106,15 +106,34 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 
 
 def parse(text: str, file: str, *, last: bool = False) -> Tree:
-    """Return the one document of a text; of a key that is given twice, the first or the last."""
+    """Return the first document of a text."""
+    return documents(text, file, last=last)[0]
+
+
+def documents(text: str, file: str, *, last: bool = False) -> list[Tree]:
+    """Return the documents of a text, at least one.
+
+    Of a key that is given twice, the first counts, or the last.
+    """
+    try:
+        nodes = _documents(text)
+    except _Refusal as refusal:
+        return [Tree(None, Marks(), [_refused(refusal, file)])]
+    return [_tree(node, file, last) for node in nodes]
+
+
+def _tree(node: yaml.Node, file: str, last: bool) -> Tree:
     tree = Tree(None, Marks(), [])
     try:
-        _Builder(tree, file, last).build(_document(text), (), "", None)
+        _Builder(tree, file, last).build(node, (), "", None)
     except _Refusal as refusal:
         tree.value = None
-        line, column = _place(refusal.mark)
-        tree.faults.append(Fault(str(refusal), file, line, column))
+        tree.faults.append(_refused(refusal, file))
     return tree
+
+
+def _refused(refusal: _Refusal, file: str) -> Fault:
+    return Fault(str(refusal), file, *_place(refusal.mark))
 
 
 def of_value(value: Any) -> Tree:
@@ -124,7 +143,7 @@ def of_value(value: Any) -> Tree:
     return tree
 
 
-def _document(text: str) -> yaml.Node:
+def _documents(text: str) -> list[yaml.Node]:
     try:
         nodes = [node for node in yaml.compose_all(text, Loader) if not _is_empty(node)]
     except yaml.MarkedYAMLError as error:
@@ -136,10 +155,7 @@ def _document(text: str) -> yaml.Node:
         raise _Refusal("nested too deeply to be a plan") from None
     if not nodes:
         raise _Refusal("the plan is empty; it needs merge_method and models")
-    if len(nodes) > 1:
-        message = "a second document (`---`): plans of several stages are not supported yet"
-        raise _Refusal(message, nodes[1].start_mark)
-    return nodes[0]
+    return nodes
 
 
 def _is_empty(node: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,24 @@ from mergekit_ft.plan import marks
 from mergekit_ft.plan.checks import adjustments, check_models, check_then, check_twice, method_of
 from mergekit_ft.plan.parameters import Lookup
 from mergekit_ft.plan.reading import Reading
+from mergekit_ft.plan.stages import linked
 from mergekit_ft.plan.structure import build
 
+Words = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
-def read(plan: str | os.PathLike[str] | Mapping[str, Any], *, lenient: bool = False) -> Reading:
+
+def read(plan: str | os.PathLike[str] | Words, *, lenient: bool = False) -> Reading:
     """Return a plan given as a file, as YAML text, or as a mapping, and all its faults.
 
+    Documents of a text, and mappings in a list, are stages; the reading is of the last one made.
     A lenient reading sets aside, with a remark, what mergekit 0.1.5 reads without effect.
     """
     if isinstance(plan, Mapping):
-        tree = marks.of_value(dict(plan))
-        return _read_tree(tree, "plan", yaml.safe_dump(tree.value, sort_keys=False), lenient)
+        plan = [plan]
+    if isinstance(plan, Sequence) and not isinstance(plan, str):
+        trees = [marks.of_value(dict(stage)) for stage in plan]
+        text = yaml.safe_dump_all([tree.value for tree in trees], sort_keys=False)
+        return _read_trees(trees, "plan", text, lenient)
     try:
         text, file = load(plan)
     except PlanError as error:
@@ -49,8 +56,8 @@ def load(plan: str | os.PathLike[str]) -> tuple[str, str]:
 
 def read_text(text: str, file: str, *, lenient: bool = False) -> Reading:
     """Return the plan in a text that stands in a file."""
-    tree = marks.parse(text, file, last=lenient)  # of two like keys, mergekit goes by the last
-    return _read_tree(tree, file, text, lenient)
+    trees = marks.documents(text, file, last=lenient)  # of two like keys, mergekit goes by the last
+    return _read_trees(trees, file, text, lenient)
 
 
 def _is_text(plan: str) -> bool:
@@ -58,6 +65,23 @@ def _is_text(plan: str) -> bool:
     if "\n" in plan:
         return True
     return not os.path.exists(plan) and (": " in plan or plan.lstrip().startswith("{"))
+
+
+def _read_trees(trees: list[marks.Tree], file: str, text: str, lenient: bool) -> Reading:
+    """Read every document; all share one report."""
+    placed = any(mark.line for mark in trees[0].marks.values())
+    several = len(trees) > 1 and not placed  # then the file says which it is
+    readings = [
+        _read_tree(tree, f"{file}[{i}]" if several else file, text, lenient)
+        for i, tree in enumerate(trees)
+    ]
+    faults = [fault for reading in readings for fault in reading.faults]
+    remarks = [remark for reading in readings for remark in reading.remarks]
+    for reading in readings:
+        reading.faults, reading.remarks = faults, remarks
+    output = linked(readings)
+    faults.sort(key=lambda fault: (fault.line, fault.column))
+    return output
 
 
 def _read_tree(tree: marks.Tree, file: str, text: str, lenient: bool) -> Reading:
@@ -69,7 +93,6 @@ def _read_tree(tree: marks.Tree, file: str, text: str, lenient: bool) -> Reading
     if reading.plan is not None:
         reading.plan.came_from(text, file)
         _check(reading)
-    reading.faults.sort(key=lambda fault: (fault.line, fault.column))
     return reading
 
 

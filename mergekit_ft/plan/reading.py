@@ -27,6 +27,7 @@ class Reading:
     lookup: Lookup | None = None  # the parameters, when the method is known
     lenient: bool = False  # words that mergekit reads without effect are remarks, not faults
     remarks: list[Fault] = field(default_factory=list)  # of what was set aside so
+    stages: dict[str, Reading] = field(default_factory=dict)  # the plan's other documents, by name
 
     def fault(
         self,

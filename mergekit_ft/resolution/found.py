@@ -21,12 +21,24 @@ class Resolution:
     tasks: list[Task]  # in the order of the donor's files
     unused: dict[str, list[str]] = field(default_factory=dict)  # by model: tensors never read
     notes: list[str] = field(default_factory=list)  # what a user should know and cannot mend here
+    stages: dict[str, Resolution] = field(default_factory=dict)  # by name: merges that are sources
+
+    @property
+    def parts(self) -> dict[str, Resolution]:
+        """Return the whole plan by document: this one ("") and the stages."""
+        return {"": self, **self.stages}
 
     @property
     def sources(self) -> list[Source]:
         """Return every source once."""
         everyone = [self.donor, *self.members, *([self.base] if self.base else [])]
         return list({id(source): source for source in everyone}.values())
+
+    @property
+    def leaves(self) -> list[Source]:
+        """Return every source that is read from disk, those of the stages too, each once."""
+        found = [leaf for source in self.sources for leaf in source.origins or (source,)]
+        return list({(str(leaf), *leaf.inputs): leaf for leaf in found}.values())
 
     @cached_property
     def merged(self) -> list[Task]:

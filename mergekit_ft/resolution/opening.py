@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit_ft.errors import Fault, PlanError, SourceError
-from mergekit_ft.plan import ModelReference, Plan, Reading
+from mergekit_ft.plan import ModelReference, Plan, Reading, nearest_stage
 from mergekit_ft.sources import Source, open_source
 
 Key = tuple[str, str | None]  # `ModelReference.key`
 Opened = Mapping[Key, Source]
+Find = Callable[[ModelReference], ModelReference]  # where a model is now
+Stage = Callable[[Reading, str], Source | None]  # the source that a stage's merge is
 
 
-def opened(reading: Reading, opening: Mapping[str, Any]) -> Opened:
-    """Open each model of a plan; raises every fault known so far where one cannot be opened."""
-    found: dict[Key, Source] = {}
-    for path, model in named_models(reading.plan):
-        if model.key not in found:
+class Opener:
+    """Opens models, each once for all documents of a plan."""
+
+    def __init__(self, find: Find | None, opening: Mapping[str, Any]) -> None:
+        self.sources: dict[Key, Source] = {}
+        self._find, self._opening = find, opening
+
+    def opened(self, reading: Reading, stage: Stage) -> Opened | None:
+        """Open each model of a document; a fault, and None, where one cannot be opened."""
+        found: dict[Key, Source | None] = {}
+        for path, model in named_models(reading.plan):
+            if model.key not in found:
+                staged = model.path in reading.stages
+                source = stage(reading, model.path) if staged else self._open(reading, path, model)
+                found[model.key] = source
+        return {key: source for key, source in found.items() if source} if _whole(found) else None
+
+    def _open(self, reading: Reading, path: Any, model: ModelReference) -> Source | None:
+        if model.key not in self.sources:
+            at = model if self._find is None else self._find(model)
             try:
-                found[model.key] = open_source(model.path, model.revision, **opening)
+                self.sources[model.key] = open_source(at.path, at.revision, **self._opening)
             except SourceError as error:
-                reading.add(path, str(error), kind="source")
-    named = [model.key for _, model in named_models(reading.plan)]
-    if not named or any(key not in found for key in named):
-        for source in found.values():
-            source.close()
-        raise_faults(reading.faults or [Fault("the plan names no model", reading.file)])
-    return found
+                reading.add(path, f"{error}{nearest_stage(reading, model)}", kind="source")
+        return self.sources.get(model.key)
+
+
+def _whole(found: Mapping[Key, Source | None]) -> bool:
+    return bool(found) and all(source is not None for source in found.values())
 
 
 def named_models(plan: Plan | None) -> Iterable[tuple[tuple[str | int, ...], ModelReference]]:

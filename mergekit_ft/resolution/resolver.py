@@ -10,7 +10,7 @@ from mergekit_ft.layers import Place, places
 from mergekit_ft.plan import Plan, Reading
 from mergekit_ft.resolution.found import Resolution
 from mergekit_ft.resolution.leftovers import named, notes, unused
-from mergekit_ft.resolution.opening import Opened, named_models, raise_faults
+from mergekit_ft.resolution.opening import Opened, named_models
 from mergekit_ft.resolution.tasks import Ref, Task, Then
 from mergekit_ft.sources import Source, TensorInfo
 from mergekit_ft.sources.dtypes import BY_NAME, FLOATING
@@ -30,7 +30,7 @@ class Resolver:
         self.same: Any = None  # what an operator's survey over the whole model holds fixed
 
     def resolution(self) -> Resolution:
-        """Return the tasks, or raise every fault."""
+        """Return the tasks; what cannot be done is a fault of the reading."""
         lookup = self.reading.lookup
         members = lookup.members() if lookup is not None else []
         self.ids = tuple(str(model) for model in members)
@@ -39,10 +39,9 @@ class Resolver:
         tasks = self._number_cells(self._tasks()) if lookup is not None else []
         if lookup is not None:
             self.reading.take(lookup.unused())
-        raise_faults(self.reading.faults)
         found = Resolution(self.plan, self.base, self.donor, self.members, tasks)
         found.unused = unused(found)
-        found.notes = [*self.reading.told(), *notes(found)]
+        found.notes = list(notes(found))
         return found
 
     def _tasks(self) -> list[Task]:

@@ -19,10 +19,12 @@ def derived(
     reference: str | None = None,
     inputs: Mapping[str, SourceFile] | None = None,
     edits: Mapping[str, Any] | None = None,
+    origins: Iterable[Source] | None = None,
 ) -> Source:
     """Return a source of other tensors; each lies, in name, in the file that its info says.
 
-    `inputs` are more files on disk that the bytes come from; `edits` are of its config.json.
+    `inputs` are more files on disk that the bytes come from; `edits` are of its config.json;
+    `origins` are the sources to name in its place where what was read is told.
     """
     by_file: dict[str, list[TensorInfo]] = {file.name: [] for file in source.files}
     for info in tensors:
@@ -42,4 +44,5 @@ def derived(
         source.revision,
         {**source.inputs, **(inputs or {})},
     )
+    made.origins = source.origins if origins is None else tuple(origins)
     return made

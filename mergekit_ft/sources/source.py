@@ -57,6 +57,7 @@ class Source(Mapping[str, TensorInfo]):
         self.around = around
         self._sides = around.sides
         self.reader = reader
+        self.origins: tuple[Source, ...] = ()  # the sources that this one is computed from
         self._tensors = _by_name(reference, files)
         self.ties = ties(self.config, self._tensors)
 
