@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
@@ -27,6 +28,15 @@ CONFIG = {
     "num_hidden_layers": 3,
 }
 NAMES = ("base", "maths", "chat")
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a folder with ./base, ./maths and ./chat."""
+    monkeypatch.setenv("MERGEKIT_FT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_models(tmp_path)
+    return tmp_path
 
 
 def weights(

@@ -9,7 +9,8 @@ import pytest
 
 from mergekit_ft import merge
 from mergekit_ft.plan import read
-from tests.small_models import arithmetic, cli, merged, refused, same_bytes, tensors, write_models
+from tests.small_models import arithmetic, cli, merged, refused, same_bytes, tensors
+from tests.small_models import models as models
 
 IDLE = [  # a plan of task arithmetic with one thing that mergekit 0.1.5 reads without effect
     arithmetic(more="modles: oops\n"),
@@ -41,15 +42,6 @@ FAULTS = [  # what is wrong in mergekit too, or would be another model here
     arithmetic(more="then:\n  - lines: {beta: 0.5, alpa: 1}\n"),
     arithmetic(weight="[]"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder with ./base, ./maths and ./chat."""
-    monkeypatch.setenv("MERGEKIT_FT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    write_models(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("text", IDLE)

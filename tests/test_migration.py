@@ -9,7 +9,8 @@ import pytest
 
 from mergekit_ft.plan import marks, read
 from mergekit_ft.plan.pruning import embedded, pruned
-from tests.small_models import arithmetic, cli, merged, same_bytes, tensors, write_models
+from tests.small_models import arithmetic, cli, merged, same_bytes, tensors
+from tests.small_models import models as models
 
 OLD = """\
 # a recipe from the days of old
@@ -46,15 +47,6 @@ models:
   - model: ./base
 dtype: bfloat16   # stored
 """
-
-
-@pytest.fixture(autouse=True)
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder with ./base, ./maths and ./chat."""
-    monkeypatch.setenv("MERGEKIT_FT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    write_models(tmp_path)
-    return tmp_path
 
 
 def test_an_old_plan_is_made_strict_and_keeps_its_comments_and_order() -> None:

@@ -23,17 +23,10 @@ from tests.small_models import (
     tensors,
     three,
     weights,
-    write_models,
 )
-
-
-@pytest.fixture(autouse=True)
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder with ./base, ./maths and ./chat."""
-    monkeypatch.setenv("MERGEKIT_FT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    write_models(tmp_path)
-    return tmp_path
+from tests.small_models import (
+    models as models,
+)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +103,65 @@ def test_all_faults_of_plan_and_sources_are_in_one_report() -> None:
     lines = result.stderr.splitlines()
     assert [line.split(":")[1] for line in lines[:-1]] == ["4", "5", "6"]
     assert "no such folder" in lines[0]
+
+
+TEN_MISTAKES = """\
+merge_method: dare-ties
+base_model: ./base
+dtype: bf16
+modles: oops
+models:
+  - model: ./maths
+    parameters:
+      wieght: 2
+      weight: heavy
+      density: [{value: 0.5, filter: self_atn}, {value: 1.5}]
+  - model: ./wide
+    parameters:
+      weight: 1
+      weight: 0.5
+      lambda: 2
+  - model: ./base
+    parameters: {density: 0.5}
+parameters:
+  normalise: true
+then:
+  - lfit
+"""
+
+
+@pytest.mark.parametrize("command", ["check", "merge"])
+def test_ten_mistakes_and_more_are_in_one_report_before_a_weight_is_read(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = weights(1) | {"model.norm.weight": torch.ones(9)}
+    write_checkpoint(Path("wide"), wide, config=CONFIG)
+    no_reading(monkeypatch)
+    out = ["out"] if command == "merge" else []
+    result = cli(command, "-", *out, text=TEN_MISTAKES)
+    assert result.exit_code == 3
+    *faults, hint = result.stderr.splitlines()
+    found = dict(line.removeprefix("plan:").split(": ", 1) for line in faults)
+    expected = {
+        "1:15": "unknown method 'dare-ties'; did you mean 'dare_ties'?",
+        "3:8": "'bf16' is not a dtype of merged weights; did you mean 'bfloat16'?",
+        "4:1": "unknown key 'modles'; did you mean 'models'?",
+        "8:7": "unknown key 'wieght' under parameters; did you mean 'weight'?",
+        "9:15": "weight must be a number; got 'heavy'",
+        "10:38": "filter 'self_atn' matches no tensor; nearest: self_attn",
+        "10:57": "density must be at most 1; got 1.5",
+        "11:12": "./wide: model.norm.weight has shape [9], not [8] as in ./base",
+        "14:7": "key 'weight' is given twice (first on line 13); keep one",
+        "15:7": "'lambda' is one value for all models, without effect under one",
+        "17:5": "parameters of the base model have no effect",
+        "19:3": "unknown key 'normalise' under parameters; did you mean 'normalize'?",
+        "21:5": "unknown method 'lfit'; did you mean 'lift'?",
+    }
+    assert list(found) == list(expected)
+    for place, said in expected.items():
+        assert said.partition("; did you mean 'lift'")[0] in found[place]
+    assert hint.startswith("hint: mergekit reads 7 of these 13 without effect")
+    assert not Path("out").exists() and not Path("out.part").exists()
 
 
 def test_a_key_given_twice_is_refused() -> None:

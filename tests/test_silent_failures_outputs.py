@@ -31,15 +31,9 @@ from tests.small_models import (
     weights,
     write_models,
 )
-
-
-@pytest.fixture(autouse=True)
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder with ./base, ./maths and ./chat."""
-    monkeypatch.setenv("MERGEKIT_FT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    write_models(tmp_path)
-    return tmp_path
+from tests.small_models import (
+    models as models,
+)
 
 
 def test_the_first_model_gives_config_and_bytes_whatever_the_hash_seed() -> None:

@@ -82,7 +82,7 @@ class Lookup:
 
     def unused(self) -> list[Fault]:
         """Return a fault for each selector, entry and level that decided nothing."""
-        settings = [s for s in self._levels.settings.values() if not s.broken]
+        settings = self._levels.settings.values()
         found = without_effect(settings, self._seen, self._reading)
         return found + [fault for then in self._then.values() for fault in then.unused()]
 

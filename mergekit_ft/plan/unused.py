@@ -40,6 +40,8 @@ def without_effect(settings: Iterable[Setting], seen: Seen, reading: Reading) ->
 def _idle(setting: Setting, seen: Seen, reading: Reading) -> list[Fault]:
     unmatched = [clause for clause in setting.clauses if clause not in seen.matched]
     found = [_matches_nothing(setting, clause, seen, reading) for clause in unmatched]
+    if setting.broken:  # what is missing may have decided
+        return found
     shadowed = [c for c in setting.clauses if c in seen.matched and c not in seen.decided]
     if shadowed and not any(clause in seen.decided for clause in setting.clauses):
         message = f"'{setting.path[-1]}' has no effect here: every tensor's value comes from a"
