@@ -190,6 +190,16 @@ def test_a_tensor_of_another_shape_is_refused_by_name(monkeypatch: pytest.Monkey
     refused(4, "model.norm.weight has shape [9], not [8]", arithmetic("./wide"))
 
 
+def test_a_vocabulary_of_another_length_is_refused_with_both_shapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    longer = weights(1) | {"model.embed_tokens.weight": torch.ones(20, 8)}
+    write_checkpoint(Path("longer"), longer, config=CONFIG)
+    no_reading(monkeypatch)
+    said = "model.embed_tokens.weight has shape [20, 8], not [16, 8]"
+    refused(4, said, arithmetic("./longer"))
+
+
 MTP = {"mtp.layers.0.eh_proj.weight": torch.ones(8, 8), "mtp.layers.0.norm.weight": torch.ones(8)}
 
 
@@ -324,9 +334,9 @@ def test_a_model_that_is_saved_again_during_the_merge_is_refused(
 ) -> None:
     write = Writer.write
 
-    def saving(*given: Any) -> None:
+    def saving(*given: Any) -> Any:
         write_checkpoint(Path(name), weights(7), config=CONFIG)
-        write(*given)
+        return write(*given)
 
     monkeypatch.setattr(Writer, "write", saving)
     refused(4, f"{name}/model.safetensors: ", arithmetic())
