@@ -27,13 +27,14 @@ def notes(found: Resolution) -> Iterator[str]:
     stored = {task.name: task.dtype for task in found.tasks}
     for reference, names in found.unused.items():
         yield f"{reference}: {named(names)} not in {donor.reference}, so not used"
+    yield from dict.fromkeys(note for source in found.sources for note in source.notes)
     for source in found.sources:
         other = [name for name in donor if _stored_otherwise(source, donor[name])]
         if other:
             first = other[0]
             yield (
-                f"{source.reference}: {named(other)} stored as {source[first].dtype}, "
-                f"{donor[first].dtype} in {donor.reference}; the output is {stored[first]}"
+                f"{source.reference}: {named(other)} stored as {source[first].kept}, "
+                f"{donor[first].kept} in {donor.reference}; the output is {stored[first]}"
             )
 
 
@@ -46,4 +47,4 @@ def named(names: Sequence[str]) -> str:
 
 def _stored_otherwise(source: Source, info: TensorInfo) -> bool:
     name = source.locate(info.name)
-    return name == info.name and source[name].dtype != info.dtype
+    return name == info.name and source[name].kept != info.kept

@@ -20,11 +20,13 @@ def derived(
     inputs: Mapping[str, SourceFile] | None = None,
     edits: Mapping[str, Any] | None = None,
     origins: Iterable[Source] | None = None,
+    notes: Iterable[str] = (),
 ) -> Source:
     """Return a source of other tensors; each lies, in name, in the file that its info says.
 
     `inputs` are more files on disk that the bytes come from; `edits` are of its config.json;
-    `origins` are the sources to name in its place where what was read is told.
+    `origins` are the sources to name in its place where what was read is told; `notes` say what a
+    user should know of how the tensors are read.
     """
     by_file: dict[str, list[TensorInfo]] = {file.name: [] for file in source.files}
     for info in tensors:
@@ -35,7 +37,11 @@ def derived(
         for name, held in by_file.items()
         if held
     )
-    around = replace(source.around, edits={**source.edits, **(edits or {})})
+    around = replace(
+        source.around,
+        edits={**source.edits, **(edits or {})},
+        notes=(*source.notes, *notes),
+    )
     made = Source(
         source.reference if reference is None else reference,
         files,
@@ -45,4 +51,5 @@ def derived(
         {**source.inputs, **(inputs or {})},
     )
     made.origins = source.origins if origins is None else tuple(origins)
+    made.on_disk = source.on_disk
     return made

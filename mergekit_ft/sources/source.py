@@ -30,6 +30,7 @@ class Around:
     unread: tuple[str, ...] = ()  # weight files that were not chosen
     edits: Mapping[str, Any] = field(default_factory=dict)  # of config.json, where it no longer
     # holds: values by dotted key, None to leave a key out
+    notes: tuple[str, ...] = ()  # what a user should know of how its tensors are read
 
 
 class Source(Mapping[str, TensorInfo]):
@@ -54,10 +55,13 @@ class Source(Mapping[str, TensorInfo]):
         self.config = around.config
         self.unread = around.unread
         self.edits = around.edits
+        self.notes = around.notes
         self.around = around
         self._sides = around.sides
         self.reader = reader
         self.origins: tuple[Source, ...] = ()  # the sources that this one is computed from
+        self.on_disk = self  # as it lies on disk
+        self.adapter: tuple[str, str | None] | None = None  # its reference and commit, if on one
         self._tensors = _by_name(reference, files)
         self.ties = ties(self.config, self._tensors)
 
