@@ -10,18 +10,16 @@ shared memory do not count. Rows: one 2 GiB tensor under --memory 256MiB; then t
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+import _anonymous
 import torch
 from _models import write_model
 from safetensors.torch import save_file
 
 BUDGET = 256  # MiB
-BARE = "import torch, yaml, pydantic, click, tqdm; torch.zeros(1) + 1; input()"
 
 
 def main() -> None:
@@ -29,7 +27,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     with tempfile.TemporaryDirectory(dir=asked.parse_args().folder) as made:
-        bare = _bare()
+        bare = _anonymous.bare()
         print(f"interpreter with torch: {bare:.0f} MiB anonymous")
         giant = [_giant(Path(made) / f"giant{i}", i) for i in range(2)]
         for method in ("task_arithmetic", "ties"):
@@ -67,36 +65,7 @@ def _peak_of_merge(method: str, models: list[Path], folder: Path) -> float:
     )
     command = [sys.executable, "-m", "mergekit_ft", "merge", str(plan), str(folder / "out")]
     command += ["--memory", f"{BUDGET}MiB", "--overwrite", "--quiet"]
-    return _peak(subprocess.Popen(command))
-
-
-def _bare() -> float:
-    """Return the peak in MiB of a python that has imported what a merge imports."""
-    process = subprocess.Popen([sys.executable, "-c", BARE], stdin=subprocess.PIPE)
-    time.sleep(10)
-    peak = _anonymous(process.pid)
-    process.communicate(b"\n")
-    return peak
-
-
-def _peak(process: subprocess.Popen[bytes]) -> float:
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, _anonymous(process.pid))
-        time.sleep(0.002)
-    if process.returncode:
-        raise SystemExit(f"the merge failed with exit code {process.returncode}")
-    return peak
-
-
-def _anonymous(pid: int) -> float:
-    """Return the anonymous memory of a process in MiB; 0 when it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    found = [line for line in lines if line.startswith("RssAnon:")]
-    return int(found[0].split()[1]) / 1024 if found else 0.0
+    return _anonymous.peak(command)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import _peer
 from _models import write_model
 
 from mergekit_ft import merge
@@ -31,16 +32,6 @@ PLANS = {  # method: inputs besides the base, parameters of each
 }
 BARS = {"linear": 1.5, "task_arithmetic": 2.0, "ties": 6.0}
 PEER_BARS = {"linear": (4.0, 10.0), "ties": (15.0, 20.0)}  # whole process, beyond start
-PEER_TIMER = """
-import sys, time, yaml, torch
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-began = time.perf_counter()
-config = MergeConfiguration.model_validate(yaml.safe_load(open(sys.argv[1])))
-run_merge(config, out_path=sys.argv[2], options=MergeOptions(write_model_card=False, quiet=True))
-print("SECONDS", time.perf_counter() - began)
-"""
 
 
 def main() -> None:
@@ -58,7 +49,7 @@ def main() -> None:
         for method in PLANS:
             _against_copying(method, models, Path(made), asked.pairs)
         _start_up()
-        if peer := _peer():
+        if peer := _peer.python():
             for method in PEER_BARS:
                 _against_peer(method, models, Path(made), peer)
 
@@ -129,30 +120,12 @@ def _against_peer(method: str, models: list[Path], folder: Path, peer: str) -> N
         inner_runs.append(_seconds(lambda: merge(plan, out)))
         shutil.rmtree(out)
     ours, inner = statistics.median(whole_runs), statistics.median(inner_runs)
-    script = folder / "peer.py"
-    script.write_text(PEER_TIMER)
-    began = time.perf_counter()
-    said = subprocess.run(
-        [peer, str(script), str(plan), str(folder / "peer")],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    whole = time.perf_counter() - began
-    beyond = float(said.split("SECONDS")[1])
-    shutil.rmtree(folder / "peer")
+    whole, beyond = _peer.timed(peer, plan, folder)
     bars = PEER_BARS[method]
     print(
         f"{method:16s} mergekit takes {whole / ours:5.1f} x as a process (bar {bars[0]}), "
         f"{beyond / inner:5.1f} x beyond start and imports (bar {bars[1]})"
     )
-
-
-def _peer() -> str | None:
-    """Return a python that has mergekit."""
-    here = Path(__file__).resolve().parent.parent / ".venv-peer" / "bin" / "python"
-    named = os.environ.get("MERGEKIT_PEER", str(here))
-    return named if Path(named).exists() else None
 
 
 def _seconds(work: Callable[[], object]) -> float:
