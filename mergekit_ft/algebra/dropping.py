@@ -10,10 +10,18 @@ from torch import Tensor
 
 from mergekit_ft.algebra.cells import l1, l1_norms, restoring_factor, totals
 from mergekit_ft.algebra.deltas import subtract_base
+from mergekit_ft.algebra.masks import Masks
 from mergekit_ft.algebra.randomness import keep_mask, key_of
 from mergekit_ft.contract import About, Block, Measure, Survey
 
 ROWS = 3  # of scratch: a delta, and two for its mask
+
+
+class Found(NamedTuple):
+    """What a survey finds."""
+
+    factors: Sequence[float]  # (k,) restore the norms
+    masks: Masks
 
 
 class Drop(NamedTuple):
@@ -28,17 +36,25 @@ class Drop(NamedTuple):
         """Find the factor of what is kept, by norm: |d|_1 / |kept d|_1."""
         if not self.rescale or self.rescaling != "norm" or all(p == 1.0 for p in self.density):
             return None
-        (rows,) = yield (Measure(self._norms, cells=True),)
+        masks = Masks(len(self.density), about)
+        (rows,) = yield (Measure(lambda block: self._norms(block, masks), cells=True),)
         sums = totals(rows)
         pairs = zip(sums[::2], sums[1::2], strict=True)
-        return [restoring_factor(whole, kept) for whole, kept in pairs]
+        return Found([restoring_factor(whole, kept) for whole, kept in pairs], masks)
 
-    def apply(self, block: Block, factors: Sequence[float] | None) -> Tensor:
+    def apply(self, block: Block, found: Found | None) -> Tensor:
         """Return (k, n) the sparse deltas in the memory of the tuned values."""
+        factors, masks = found if found is not None else (None, None)
         deltas = subtract_base(block.tuned, block.base)
         for i, delta in enumerate(deltas):
-            self._drop(delta, block, i)
-            delta.mul_(self._factor(i, factors))
+            mask = masks.kept(block, i, block.scratch[1]) if masks is not None else None
+            if mask is None:
+                self._drop(delta, block, i)
+            else:
+                delta.mul_(mask)
+            factor = self._factor(i, factors)
+            if factor != 1.0:
+                delta.mul_(factor)
         return deltas
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> list[Tensor]:
@@ -61,23 +77,26 @@ class Drop(NamedTuple):
         key = key_of(self.seed, about.ids[i], about.name)
         return keep_mask(key, 0, self.density[i], rows).view_as(like)
 
-    def _drop(self, delta: Tensor, block: Block, i: int) -> None:
+    def _drop(self, delta: Tensor, block: Block, i: int, masks: Masks | None = None) -> None:
         if self.density[i] == 0.0:
             delta.zero_()
         elif self.density[i] < 1.0:
             key = key_of(self.seed, block.ids[i], block.name)
-            delta.mul_(keep_mask(key, block.start, self.density[i], block.scratch[1:3]))
+            mask = keep_mask(key, block.start, self.density[i], block.scratch[1:3])
+            delta.mul_(mask)
+            if masks is not None:
+                masks.keep(block, i, mask)
 
     def _factor(self, i: int, factors: Sequence[float] | dict[int, float] | None) -> float:
         if factors is not None:
             return factors[i]
         return 1.0 / self.density[i] if self.rescale and self.density[i] > 0.0 else 1.0
 
-    def _norms(self, block: Block) -> Tensor:
-        return l1_norms(block.n, self._whole_and_kept(block))
+    def _norms(self, block: Block, masks: Masks) -> Tensor:
+        return l1_norms(block.n, self._whole_and_kept(block, masks))
 
-    def _whole_and_kept(self, block: Block) -> Iterator[Tensor]:
+    def _whole_and_kept(self, block: Block, masks: Masks) -> Iterator[Tensor]:
         for i in range(len(self.density)):
             yield (delta := torch.sub(block.tuned[i], block.base, out=block.scratch[0]))
-            self._drop(delta, block, i)
+            self._drop(delta, block, i, masks)
             yield delta

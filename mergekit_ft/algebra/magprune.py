@@ -8,29 +8,27 @@ Ranking costs most, so a survey keeps the masks it made, one bit an entry, where
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mergekit_ft.algebra import ranks
 from mergekit_ft.algebra.cells import l1, l1_norms, restoring_factor, totals
 from mergekit_ft.algebra.deltas import subtract_base
+from mergekit_ft.algebra.masks import Masks
 from mergekit_ft.algebra.randomness import keep_below, key_of
 from mergekit_ft.contract import About, Block, Grain, Measure, Survey, row_of
 
 ROWS = 1 + ranks.ROWS  # of scratch: a delta, and what ranks it
 ONE = 2**31  # of a probability
 
-Masks = dict[tuple[int, int, int], "np.ndarray[Any, np.dtype[np.uint8]]"]  # by model, start, n
-
 
 class Found(NamedTuple):
     """What a survey finds."""
 
     factors: Sequence[float]  # (k,) restore the norms
-    masks: Masks  # of the blocks that were in host memory, if there was room
+    masks: Masks
 
 
 class MagPrune(NamedTuple):
@@ -61,22 +59,22 @@ class MagPrune(NamedTuple):
         """Find the factor of what is kept, by norm: |d|_1 / |kept d|_1."""
         if not self._by_norm or all(p == 1.0 for p in self.density):
             return None
-        masks: Masks | None = {} if len(self.density) * about.numel <= 8 * about.spare else None
+        masks = Masks(len(self.density), about)
         (rows,) = yield (Measure(lambda block: self._norms(block, masks), cells=True),)
         sums = totals(rows)
         pairs = zip(sums[::2], sums[1::2], strict=True)
-        return Found([restoring_factor(whole, kept) for whole, kept in pairs], masks or {})
+        return Found([restoring_factor(whole, kept) for whole, kept in pairs], masks)
 
     def apply(self, block: Block, found: Found | None) -> Tensor:
         """Return (k, n) the sparse deltas in the memory of the tuned values."""
+        factors, masks = found if found is not None else ([1.0] * len(self.density), None)
         deltas = subtract_base(block.tuned, block.base)
-        factors, masks = found if found is not None else ([1.0] * len(deltas), {})
         for i, delta in enumerate(deltas):
-            mask = masks.get((i, block.start, block.n))
-            if mask is not None and delta.device.type == "cpu":
-                delta.mul_(_unpacked(mask, block.scratch[1]))
-            else:
+            mask = masks.kept(block, i, block.scratch[1]) if masks is not None else None
+            if mask is None:
                 self._drop(delta, block, i)
+            else:
+                delta.mul_(mask)
             if factors[i] != 1.0:
                 delta.mul_(factors[i])
         return deltas
@@ -116,8 +114,8 @@ class MagPrune(NamedTuple):
             key = key_of(self.seed, block.ids[i], block.name)
             mask = keep_below(key, block.start, limits, rows[1:3])
             delta.mul_(mask)
-            if masks is not None and mask.device.type == "cpu":
-                masks[i, block.start, block.n] = np.packbits(mask.numpy() != 0)
+            if masks is not None:
+                masks.keep(block, i, mask)
 
     def _chances(self, i: int, length: int, like: Tensor) -> Tensor:
         """Return (length,) how likely the entry of each rank is kept, in 2^-31."""
@@ -142,16 +140,11 @@ class MagPrune(NamedTuple):
         mask = keep_below(key, 0, chances, spare)
         return (mask * ONE / chances if self._by_probability else mask).view_as(delta)
 
-    def _norms(self, block: Block, masks: Masks | None) -> Tensor:
+    def _norms(self, block: Block, masks: Masks) -> Tensor:
         return l1_norms(block.n, self._whole_and_kept(block, masks), block.cell)
 
-    def _whole_and_kept(self, block: Block, masks: Masks | None) -> Iterator[Tensor]:
+    def _whole_and_kept(self, block: Block, masks: Masks) -> Iterator[Tensor]:
         for i in range(len(self.density)):
             yield (delta := torch.sub(block.tuned[i], block.base, out=block.scratch[0]))
             self._drop(delta, block, i, masks)
             yield delta
-
-
-def _unpacked(mask: np.ndarray[Any, np.dtype[np.uint8]], into: Tensor) -> Tensor:
-    """Return (n,) ones and zeros in a row of scratch."""
-    return into.copy_(torch.from_numpy(np.unpackbits(mask, count=into.numel())))

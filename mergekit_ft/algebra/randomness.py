@@ -11,7 +11,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-_MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1))
+_MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
+_LAST = 16
 
 
 def keep_mask(key: tuple[int, int], start: int, probability: float, rows: Tensor) -> Tensor:
@@ -55,9 +56,15 @@ def _random_bits(key: tuple[int, int], start: int, rows: Tensor) -> Tensor:
 def _scramble(word: Tensor, spare: Tensor) -> None:
     """Mix 32-bit words so that every bit depends on every other, in place."""
     for shift, factor in _MIX:
-        torch.bitwise_right_shift(word, shift, out=spare)
-        word.bitwise_xor_(spare.bitwise_and_((1 << (32 - shift)) - 1))
+        _fold(word, spare, shift)
         word.mul_(_int32(factor))
+    _fold(word, spare, _LAST)
+
+
+def _fold(word: Tensor, spare: Tensor, shift: int) -> None:
+    """Add the upper bits to the lower ones, in place."""
+    torch.bitwise_right_shift(word, shift, out=spare)
+    word.bitwise_xor_(spare.bitwise_and_((1 << (32 - shift)) - 1))
 
 
 def _int32(value: int) -> int:
