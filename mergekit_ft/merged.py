@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,10 @@ from mergekit_ft.engine import PlanLike, passes_for, resolve_plan
 from mergekit_ft.errors import PlanError
 from mergekit_ft.options import Options
 from mergekit_ft.resolution import Resolution, Task
+from mergekit_ft.sources import Source
 from mergekit_ft.sources.dtypes import TORCH
+
+GENERATION = "generation_config.json"
 
 
 def open_plan(plan: PlanLike, **options: Any) -> MergedTensors:
@@ -38,7 +42,7 @@ def load(plan: PlanLike, *, model_class: Any = None, **options: Any) -> Any:
                 "open_plan gives the tensors"
             )
         folder = donor.folder
-        settings = transformers.AutoConfig.from_pretrained(folder)
+        settings = _edited(transformers.AutoConfig.from_pretrained(folder), donor.edits)
         named = (settings.architectures or [""])[0]
         chosen = model_class or getattr(transformers, named, None)
         if chosen is None:
@@ -49,9 +53,32 @@ def load(plan: PlanLike, *, model_class: Any = None, **options: Any) -> Any:
         state = dict(tensors.items())
         dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
         model = chosen.from_pretrained(None, config=settings, state_dict=state, dtype=dtype)
-        if (folder / "generation_config.json").exists():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        model.generation_config = _generation(donor) or model.generation_config
         return model
+
+
+def _edited(settings: Any, edits: Mapping[str, Any]) -> Any:
+    """Put the output's values in a config of transformers."""
+    for dotted, value in edits.items():
+        *outer, key = dotted.split(".")
+        part = settings
+        for step in outer:
+            part = getattr(part, step)
+        setattr(part, key, value)
+    return settings
+
+
+def _generation(donor: Source) -> Any:
+    """Return how the output generates; None where the donor does not say."""
+    import transformers
+
+    changed = donor.around.replaced.get(GENERATION)
+    if isinstance(changed, bytes):
+        return transformers.GenerationConfig.from_dict(json.loads(changed))
+    assert donor.folder is not None
+    if not (donor.folder / GENERATION).exists():
+        return None
+    return transformers.GenerationConfig.from_pretrained(donor.folder)
 
 
 class MergedTensors(Mapping[str, Tensor]):

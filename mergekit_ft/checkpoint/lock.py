@@ -49,6 +49,7 @@ def receipt(
         "options": dict(options),
         "seed": next((s for task in resolution.tasks if (s := _seed(task)) is not None), None),
         "sources": [_source(source, inputs) for source in resolution.leaves],
+        "tokenizer": dict(resolution.donor.around.tokens) or None,
         "outputs": {name: dict(outputs[name]) for name in sorted(outputs)},
         "findings": dict(findings),
         "changed": {task.name: changed[task.name] for task in resolution.tasks},
@@ -95,11 +96,9 @@ def _check(found: Any, path: Path) -> None:
 
 def _source(source: Source, inputs: Mapping[str, Files]) -> dict[str, Any]:
     files = inputs.get(str(source), {})
-    adapter = dict(zip(("reference", "revision"), source.adapter or (), strict=False))
     return {
         "reference": source.reference,
         "revision": source.revision,
-        **({"adapter": adapter} if adapter else {}),
         "config": config_digest(source),
         "files": {name: dict(files[name]) for name in sorted(files)},
     }

@@ -36,6 +36,9 @@ def listing(resolution: Resolution) -> Listing:
     donor = resolution.donor
     names = [path.as_posix() for path in donor.side_files()]
     copied = {name: _named(name) for name in names if name != RECEIPT}
+    for name, by in donor.around.replaced.items():
+        copied.pop(name, None)
+        copied |= {} if by is None else {name: name}
     return Listing(copied, tuple(path.as_posix() for path in donor.code_files()), donor.unread)
 
 
@@ -46,8 +49,9 @@ def copy_sides(resolution: Resolution, part: Path, *, copy_code: bool) -> list[s
         return []
     wanted = found.copied | ({name: name for name in found.code} if copy_code else {})
     for name, to in wanted.items():
-        config = config_bytes(resolution) if name == "config.json" else None
-        _put(folder / name, part / to, config)
+        by = resolution.donor.around.replaced.get(name)
+        content = config_bytes(resolution) if name == "config.json" else by
+        _put(folder / name if content is None else content, part / to)
     return list(wanted.values())
 
 
@@ -72,14 +76,15 @@ def _named(name: str) -> str:
     return f"README{match[2]}.base.md" if match[1] else f"mergekit_config{match[4]}.base.yml"
 
 
-def _put(source: Path, target: Path, content: bytes | None) -> None:
+def _put(source: Path | bytes, target: Path) -> None:
+    """Copy a file, or write content."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            shutil.copyfile(source, target)
+        if isinstance(source, bytes):
+            target.write_bytes(source)
         else:
-            target.write_bytes(content)
+            shutil.copyfile(source, target)
     except OSError as error:
-        if error.filename == str(source):
+        if isinstance(source, Path) and error.filename == str(source):
             raise SourceError(f"{source}: cannot be read: {error.strerror or error}") from error
         raise WriteError(f"{target}: {error.strerror or error}") from error

@@ -54,6 +54,7 @@ def report(resolution: Resolution, options: Options) -> Report:
         "bytes": _bytes(resolution),
         "memory": _memory(resolution, options),
         **_output(resolution, options),
+        "tokenizer": dict(resolution.donor.around.tokens) or None,
         "parameters": settings.as_json(settings.rows(resolution)),
         "notes": notes(resolution, options),
     }

@@ -16,6 +16,7 @@ from mergekit_ft.plan.parameters import Lookup
 from mergekit_ft.plan.reading import Reading
 from mergekit_ft.plan.stages import linked
 from mergekit_ft.plan.structure import build
+from mergekit_ft.plan.tokenizers import check_tokenizer
 
 Words = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -100,6 +101,7 @@ def _check(reading: Reading) -> None:
     method = method_of(reading)
     check_twice(reading)
     check_then(reading)
+    check_tokenizer(reading)
     if method is None:
         adjustments(reading)
         return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_ft import registry
 from mergekit_ft.plan.fields import REQUIRED, Parameter, parameters_of
 from mergekit_ft.plan.models import DTYPES
+from mergekit_ft.plan.tokenizers import vocabulary_schema
 
 if TYPE_CHECKING:
     from mergekit_ft.contract import Operator
@@ -21,22 +22,14 @@ _PATH: Json = {
     "required": ["path"],
     "additionalProperties": False,
 }
-_ADAPTER: Json = {
-    "description": "an adapter to put on the model: a folder, or a Hub id",
-    "anyOf": [_TEXT, _PATH, {"type": "null"}],
-}
 _MODEL: Json = {
-    "description": "a folder, or a Hub id with an optional @revision; +ADAPTER puts one on it",
+    "description": "a folder, or a Hub id with an optional @revision",
     "anyOf": [
         _TEXT,
-        {**_PATH, "properties": _PATH["properties"] | {"adapter": _ADAPTER, "lora": _ADAPTER}},
+        _PATH,
         {
             "type": "object",
-            "properties": {
-                "model": {"anyOf": [_TEXT, _PATH]},
-                "adapter": _ADAPTER,
-                "lora": _ADAPTER,
-            },
+            "properties": {"model": {"anyOf": [_TEXT, _PATH]}},
             "required": ["model"],
             "additionalProperties": False,
         },
@@ -81,11 +74,7 @@ def _properties(methods: list[str], steps: list[str]) -> Json:
         "type": "object",
         "required": ["model"],
         "additionalProperties": False,
-        "properties": {
-            "model": _ref("model"),
-            "adapter": _ADAPTER,
-            "parameters": {"type": ["object", "null"]},
-        },
+        "properties": {"model": _ref("model"), "parameters": {"type": ["object", "null"]}},
     }
     named = [{"const": name, "description": registry.summary(name)} for name in methods]
     return {
@@ -101,6 +90,7 @@ def _properties(methods: list[str], steps: list[str]) -> Json:
             "description": "operators on the merged delta, in order",
             "items": {"anyOf": [{"enum": steps}, *map(_step, steps)]},
         },
+        **vocabulary_schema(_ref("model")),
     }
 
 

@@ -16,7 +16,7 @@ from mergekit_ft.registry import did_you_mean, nearest
 if TYPE_CHECKING:
     from mergekit_ft.plan.reading import Reading
 
-NOT_YET = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+NOT_YET = ("slices", "modules")
 _TEXTS = ("merge_method", "base_model", "dtype", "out_dtype", "name")
 _PARAMETERS = {"weight", "density", "normalize", "rescale", "lambda", "int8_mask", "t", "gamma"}
 _PARAMETERS |= {"epsilon", "scale", "filter_wise", "normalize_weights", "select_topk", "max_iter"}
@@ -43,8 +43,7 @@ def _as_written(tree: dict[str, Any], reading: Reading) -> None:
     paths: list[Keys] = [(key,) for key in _TEXTS]
     models = tree.get("models")
     for i in range(len(models) if isinstance(models, list) else 0):
-        paths += [("models", i, key) for key in ("model", "adapter")]
-        paths += [("models", i, key, "revision") for key in ("model", "adapter")]
+        paths += [("models", i, "model"), ("models", i, "model", "revision")]
     for path in [*paths, ("base_model", "revision")]:
         mark = reading.marks.get(path)
         if mark is not None and mark.text is not None:

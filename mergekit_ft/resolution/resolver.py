@@ -14,6 +14,7 @@ from mergekit_ft.resolution.opening import Opened, named_models
 from mergekit_ft.resolution.tasks import Ref, Task, Then
 from mergekit_ft.sources import Source, TensorInfo
 from mergekit_ft.sources.dtypes import BY_NAME, FLOATING
+from mergekit_ft.tokens import row_remedy
 
 
 class Resolver:
@@ -136,7 +137,11 @@ class Resolver:
         if name is None:
             return
         other = source[name]
+        remedy: str | None = ""
         if other.shape != info.shape:
+            remedy = row_remedy(self.plan, info, other)
+            if remedy is None:
+                return
             problem = f"shape {list(other.shape)}, not {list(info.shape)}"
         elif (other.dtype in FLOATING) != (info.dtype in FLOATING):
             problem = f"dtype {other.dtype}, not {info.dtype}"
@@ -145,7 +150,7 @@ class Resolver:
         self.reading.add(
             path,
             f"{source.reference}: {name} has {problem} as in {self.donor.reference}; "
-            "only tensors of one shape and kind merge",
+            f"only tensors of one shape and kind merge{remedy}",
             kind="source",
         )
 

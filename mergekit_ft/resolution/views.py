@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from mergekit_ft.plan import Reading
 from mergekit_ft.resolution.opening import Opened
+from mergekit_ft.tokens import by_token
 
 # A view is given every source by its model's key and returns those to use instead. What it cannot
 # do is a fault added to the reading; it returns that source as it was, so that all faults of a
 # plan are found at once.
 View = Callable[[Reading, Opened], Opened]
 
-VIEWS: tuple[View, ...] = ()  # in order: names and layout, then embeddings by token
+VIEWS: tuple[View, ...] = (by_token,)  # in order: names and layout, then embeddings by token
 
 
 def viewed(reading: Reading, sources: Opened) -> Opened:

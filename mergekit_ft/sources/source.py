@@ -31,6 +31,9 @@ class Around:
     edits: Mapping[str, Any] = field(default_factory=dict)  # of config.json, where it no longer
     # holds: values by dotted key, None to leave a key out
     notes: tuple[str, ...] = ()  # what a user should know of how its tensors are read
+    replaced: Mapping[str, Path | bytes | None] = field(default_factory=dict)  # side files that
+    # others stand for: a file to copy, content, or None for nothing
+    tokens: Mapping[str, Any] = field(default_factory=dict)  # what became of its vocabulary
 
 
 class Source(Mapping[str, TensorInfo]):
@@ -60,8 +63,6 @@ class Source(Mapping[str, TensorInfo]):
         self._sides = around.sides
         self.reader = reader
         self.origins: tuple[Source, ...] = ()  # the sources that this one is computed from
-        self.on_disk = self  # as it lies on disk
-        self.adapter: tuple[str, str | None] | None = None  # its reference and commit, if on one
         self._tensors = _by_name(reference, files)
         self.ties = ties(self.config, self._tensors)
 
