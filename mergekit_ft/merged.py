@@ -64,7 +64,10 @@ def _edited(settings: Any, edits: Mapping[str, Any]) -> Any:
         part = settings
         for step in outer:
             part = getattr(part, step)
-        setattr(part, key, value)
+        if value is not None:
+            setattr(part, key, value)
+        elif hasattr(part, key):
+            delattr(part, key)
     return settings
 
 

@@ -33,6 +33,24 @@ def summary(name: str) -> str:
     return (documented or "").split("\n", 1)[0]
 
 
+def kind(name: str) -> str:
+    """Return "adjustment" for what may also stand under `then:`, read without importing it."""
+    import ast
+
+    module = _module_file(name)
+    files = [file for file in (module, module.with_name(f"{name}.py")) if file.is_file()]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    bases = {
+        base.id
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+        if isinstance(base, ast.Name)
+    }
+    return "adjustment" if "Adjustment" in bases else "operator"
+
+
 def card(name: str) -> str:
     """Return a method's card: the README.md beside its module."""
     readme = _module_file(name).with_name("README.md")

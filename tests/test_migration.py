@@ -196,3 +196,16 @@ def test_only_fenced_blocks_with_a_method_are_plans() -> None:
 def test_a_migrated_plan_merges_like_any_other() -> None:
     done = cli("migrate", "-", text=arithmetic(more="modles: oops\n"))
     merged(done.stdout)
+
+
+def test_each_document_of_a_plan_loses_what_is_its_own() -> None:
+    first = arithmetic(more="name: half\nmodles: oops\n")
+    second = arithmetic("half", more="name: whole\nmodles: oops\nname: all\n")
+    done = cli("migrate", "-", text=f"# two\n---\n{first}---  # next\n{second}")
+    assert done.exit_code == 0, done.stderr
+    half = arithmetic(more="name: half\n")
+    expected = f"# two\n---\n{half}---  # next\n"
+    assert done.stdout == expected + arithmetic("half", more="name: all\n")
+    told = [line.split(":")[1] for line in done.stderr.splitlines() if "  plan:" in line]
+    assert told == ["8", "15", "16"]
+    merged(done.stdout)

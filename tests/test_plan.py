@@ -259,10 +259,10 @@ def test_an_empty_mapping_misses_both_keys() -> None:
         ("parameters: 3", "4:13: parameters is a mapping of names to values"),
         ("then: {lift: {}}", "4:7: then is a list of operators"),
         ("base_model: [b]", "4:13: a model is a path, or PATH@REVISION"),
-        ("base_model: b+lora", "4:13: 'b+lora': `+ADAPTER` is not supported yet"),
+        ("base_model: b+c+d", "4:13: 'b+c+d' can be cut at more than one '+'; write the adapter"),
         ("base_model: b@v@w", "4:13: 'b@v@w' is not PATH or PATH@REVISION"),
         ("base_model: b@", "4:13: 'b@' is not PATH or PATH@REVISION"),
-        ("base_model: {model: b, lora: c}", "4:24: 'lora' is not supported yet"),
+        ("base_model: {model: b, lora: [c]}", "4:24: an adapter is PATH, PATH@REVISION or"),
         (
             "base_model: {path: b, revison: c}",
             "4:23: unknown key 'revison' in a model; did you mea",
@@ -293,7 +293,7 @@ def test_a_faulty_line_is_told_with_its_place_and_the_way_out(line: str, told: s
         ),
         (
             "{modle: a}",
-            "3:6: unknown key 'modle'; did you mean 'model'? (valid: model, parameters)",
+            "3:6: unknown key 'modle'; did you mean 'model'? (valid: model, adapter, parameters)",
         ),
         ("{parameters: {}}", "3:5: missing key 'model': write `- model: PATH`"),
         ("{model: [a]}", "3:13: a model is a path, or PATH@REVISION"),

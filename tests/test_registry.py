@@ -57,6 +57,14 @@ def test_every_method_is_one_operator_class() -> None:
         assert issubclass(registry.method(name), Operator)
 
 
+def test_the_kind_of_a_method_is_that_of_its_class() -> None:
+    from mergekit_ft.contract import Adjustment
+
+    for name in registry.names():
+        adjusts = issubclass(registry.method(name), Adjustment)
+        assert registry.kind(name) == ("adjustment" if adjusts else "operator")
+
+
 def test_an_unknown_method_names_the_nearest_and_the_list() -> None:
     with pytest.raises(PlanError, match="unknown method 'task_aritmetic'; did you mean 'task_ari"):
         registry.method("task_aritmetic")

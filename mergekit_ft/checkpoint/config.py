@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ft.errors import SourceError
-from mergekit_ft.sources.edits import edited
+from mergekit_ft.sources.edits import with_edits
 from mergekit_ft.sources.ties import TEXT_CONFIGS, tie_word_embeddings
 
 if TYPE_CHECKING:
@@ -50,10 +50,7 @@ ROPE = ("rope_parameters", "rope_scaling")  # one thing under a new and an old n
 
 
 def config_bytes(resolution: Resolution) -> bytes | None:
-    """Return the donor's config.json, its dtype set right where the plan stores another.
-
-    Where something else no longer holds it is written anew; otherwise all else stays as it was.
-    """
+    """Return the donor's config.json, set right where it no longer holds of the output."""
     folder = resolution.donor.folder
     path = folder / "config.json" if folder is not None else None
     if path is None or not path.is_file():
@@ -62,11 +59,17 @@ def config_bytes(resolution: Resolution) -> bytes | None:
         raw = path.read_bytes()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if resolution.donor.edits:
-        changed = edited(json.loads(raw.decode("utf-8-sig")), resolution.donor.edits)
-        raw = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+    raw = edited(raw, resolution.donor.edits)
     wanted = resolution.plan.stored_dtype
     return raw if wanted is None else _with_dtype(raw.decode("utf-8"), wanted).encode()
+
+
+def edited(raw: bytes, edits: Mapping[str, Any]) -> bytes:
+    """Return a JSON object with values set by dotted key, and keys left out where that is None."""
+    if not edits:
+        return raw
+    config = with_edits(json.loads(raw.decode("utf-8-sig")), edits)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def differences(donor: Source, other: Source) -> list[str]:

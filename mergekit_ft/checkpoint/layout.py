@@ -63,7 +63,8 @@ def index_json(resolution: Resolution, files: Sequence[OutFile]) -> dict[str, An
     metadata = index.get("metadata")
     total = sum(entry.nbytes for file in files for entry in file.entries)
     index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
-    index["weight_map"] = {name: place[name] for name in index.get("weight_map", place)}
+    order = [name for name in index.get("weight_map", ()) if name in place]
+    index["weight_map"] = {name: place[name] for name in [*order, *place]}
     return index
 
 

@@ -96,9 +96,11 @@ def _check(found: Any, path: Path) -> None:
 
 def _source(source: Source, inputs: Mapping[str, Files]) -> dict[str, Any]:
     files = inputs.get(str(source), {})
+    adapter = dict(zip(("reference", "revision"), source.adapter or (), strict=False))
     return {
         "reference": source.reference,
         "revision": source.revision,
+        **({"adapter": adapter} if adapter else {}),
         "config": config_digest(source),
         "files": {name: dict(files[name]) for name in sorted(files)},
     }

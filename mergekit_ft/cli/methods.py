@@ -13,14 +13,16 @@ from mergekit_ft.cli import printing, settings
 def methods(as_json: bool) -> None:
     """List the methods."""
     found = [
-        {"name": name, "kind": "operator", "summary": registry.summary(name)}
+        {"name": name, "kind": registry.kind(name), "summary": registry.summary(name)}
         for name in registry.names()
     ]
     if as_json:
         printing.json_of(found)
         return
-    width = max((len(entry["name"]) for entry in found), default=0)
-    printing.lines(f"{e['name'].ljust(width)}  {e['kind']}  {e['summary']}" for e in found)
+    width, other = (max(len(entry[key]) for entry in found) for key in ("name", "kind"))
+    printing.lines(
+        f"{e['name'].ljust(width)}  {e['kind'].ljust(other)}  {e['summary']}" for e in found
+    )
 
 
 @click.command()

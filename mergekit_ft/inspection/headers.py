@@ -16,7 +16,8 @@ ROLES = ("embedding", "norm", "head", "other")
 
 def inspect(path: str, *, tensors: bool = True, **opening: Any) -> Report:
     """Return what the headers of a checkpoint say; `opening` as for a source."""
-    with open_source(path, headers_only=True, **opening) as source:
+    with open_source(path, headers_only=True, **opening) as opened:
+        source = opened.on_disk
         at = places(source)
         listed = [_tensor(info, at[info.name]) for info in source.values()] if tensors else None
         return _report(source, at) | ({"tensors": listed} if tensors else {})

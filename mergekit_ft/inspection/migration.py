@@ -12,8 +12,7 @@ from typing import Any
 from mergekit_ft import registry
 from mergekit_ft.errors import Fault, MergekitError, PlanError
 from mergekit_ft.plan import Plan, Reading
-from mergekit_ft.plan.marks import documents
-from mergekit_ft.plan.pruning import embedded, pruned
+from mergekit_ft.plan.pruning import embedded, stripped
 from mergekit_ft.plan.reader import load, read_text
 from mergekit_ft.stages import resolve
 
@@ -41,7 +40,6 @@ def migrate(plan: str | os.PathLike[str], *, block: int | None = None, **opening
     """
     text, file = load(plan)
     text, lines = _plan_in(text, file, block)
-    _require_one(text, file)
     reading, unopened = _resolved(text, file, opening, lenient=True)
     removed = sorted(reading.remarks, key=lambda fault: (fault.line, fault.column))
     faults = [fault for fault in reading.faults if fault.kind == "plan"]
@@ -49,14 +47,10 @@ def migrate(plan: str | os.PathLike[str], *, block: int | None = None, **opening
     result, kept = _stripped(text, removed, opening)
     if not kept:
         notes.append("comments are lost: words that go stand in an anchor that others need")
-    differences = list(_differences(reading.plan)) if reading.plan is not None else []
+    stages = [*reading.stages.values(), reading]
+    told = [item for stage in stages if stage.plan is not None for item in _differences(stage.plan)]
+    differences = list(dict.fromkeys(told))
     return Migration(file, lines, result.lstrip("\n"), removed, differences, notes, faults)
-
-
-def _require_one(text: str, file: str) -> None:
-    if len(documents(text, file, last=True)) > 1:
-        message = "holds several documents (`---`); migrate each as a plan of its own"
-        raise PlanError([Fault(message, file)])
 
 
 def _plan_in(text: str, file: str, block: int | None) -> tuple[str, tuple[int, int] | None]:
@@ -100,7 +94,7 @@ def _stripped(text: str, removed: list[Fault], opening: dict[str, Any]) -> tuple
     for _ in range(ROUNDS):
         if not removed:
             return text, kept
-        text, whole = pruned(text, {fault.aside for fault in removed})
+        text, whole = stripped(text, removed)
         kept &= whole
         reading, _ = _resolved(text, "plan", opening, lenient=False)
         removed = [fault for fault in reading.faults if fault.aside]

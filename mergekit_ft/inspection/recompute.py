@@ -14,7 +14,9 @@ from torch import Tensor
 from mergekit_ft.contract import About
 from mergekit_ft.errors import SourceError
 from mergekit_ft.plan import ModelReference, read
+from mergekit_ft.plan.references import AdapterReference
 from mergekit_ft.resolution import Ref, Resolution, Task
+from mergekit_ft.sources.adapter import INSIDE
 from mergekit_ft.sources.dtypes import TORCH
 from mergekit_ft.stages import resolve
 
@@ -67,13 +69,23 @@ class _Finder:
         self._homes = [root] if root is not None else [Path.cwd(), *out.resolve().parents]
 
     def find(self, model: ModelReference) -> ModelReference:
-        """Return the reference by which a model is opened again."""
-        entries = [entry for entry in self._sources if entry["reference"] == model.path]
+        """Return the reference by which a model, and an adapter on it, are opened again."""
+        reference = model.path if model.adapter is None else f"{model.path}+{model.adapter.path}"
+        entries = [entry for entry in self._sources if entry["reference"] == reference]
+        words = self._found(model.path, model.revision, [_own(entry) for entry in entries])
+        if model.adapter is None:
+            return ModelReference(**words)
+        parts = [_of_adapter(entry) for entry in entries]
+        adapter = self._found(model.adapter.path, model.adapter.revision, parts)
+        return ModelReference(**words, adapter=AdapterReference(**adapter))
+
+    def _found(
+        self, path: str, revision: str | None, entries: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
         revisions = {entry["revision"] for entry in entries} - {None}
         if revisions:
-            pinned = revisions.pop() if len(revisions) == 1 else model.revision
-            return model.model_copy(update={"revision": pinned})
-        return model.model_copy(update={"path": str(self._local(model.path, entries))})
+            return {"path": path, "revision": revisions.pop() if len(revisions) == 1 else revision}
+        return {"path": str(self._local(path, entries)), "revision": None}
 
     def _local(self, path: str, entries: Sequence[Mapping[str, Any]]) -> Path:
         there = [home / path for home in self._homes if (home / path).exists()]
@@ -84,6 +96,19 @@ class _Finder:
                 "relative paths start from"
             )
         return next((place for place in there if _has_sizes(place, entries)), there[0])
+
+
+def _own(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a receipt says of a model, without an adapter on it."""
+    files = {name: f for name, f in entry["files"].items() if not name.startswith(f"{INSIDE}/")}
+    return {"revision": entry["revision"], "files": files}
+
+
+def _of_adapter(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a receipt says of the adapter on a model."""
+    inside = f"{INSIDE}/"
+    files = {name.removeprefix(inside): f for name, f in entry["files"].items() if inside in name}
+    return {"revision": entry.get("adapter", {}).get("revision"), "files": files}
 
 
 def _has_sizes(place: Path, entries: Sequence[Mapping[str, Any]]) -> bool:

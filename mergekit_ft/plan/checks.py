@@ -9,6 +9,7 @@ from mergekit_ft import registry
 from mergekit_ft.errors import PlanError
 from mergekit_ft.plan.levels import members
 from mergekit_ft.plan.reading import Reading
+from mergekit_ft.plan.references import Key
 
 if TYPE_CHECKING:
     from mergekit_ft.contract import Operator
@@ -88,7 +89,7 @@ def _said(error: PlanError) -> str:
 def check_twice(reading: Reading) -> None:
     """Report a model that is listed twice."""
     assert reading.plan is not None
-    first: dict[tuple[str, str | None], int] = {}
+    first: dict[Key, int] = {}
     for i, entry in enumerate(reading.plan.models):
         j = first.setdefault(entry.model.key, i)
         if j != i:

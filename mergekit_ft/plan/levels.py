@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_ft.plan.fields import REQUIRED, Parameter, listed, parameters_of
 from mergekit_ft.plan.marks import Keys
-from mergekit_ft.plan.models import ModelReference, Plan
+from mergekit_ft.plan.models import Plan
 from mergekit_ft.plan.reading import Reading
+from mergekit_ft.plan.references import ModelReference
 from mergekit_ft.plan.settings import Clause, Setting, read_setting
 from mergekit_ft.registry import did_you_mean
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
+from mergekit_ft.plan.references import ModelReference, Named, PlanWords, refuse
 from mergekit_ft.plan.tokenizers import ChatTemplate, TokenizerSource, TokenizerWords
-from mergekit_ft.plan.words import refuse
 from mergekit_ft.registry import did_you_mean
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -19,51 +16,17 @@ _SHORT |= {"fp32": "float32", "float": "float32", "f32": "float32", "single": "f
 _SHORT |= {"fp64": "float64", "double": "float64", "f64": "float64"}
 
 
-class _Words(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelReference(_Words):
-    """A checkpoint: a folder that exists, or a Hub id with an optional revision."""
-
-    path: str
-    revision: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_words(cls, raw: Any) -> Any:
-        if isinstance(raw, str):
-            return _split(raw)
-        if isinstance(raw, dict):
-            return _from_object(raw)
-        return raw if isinstance(raw, cls) else refuse("a model is a path, or PATH@REVISION")
-
-    @property
-    def local(self) -> Path | None:
-        """Return the file or folder, where one exists."""
-        return Path(self.path) if os.path.exists(self.path) else None
-
-    @cached_property
-    def key(self) -> tuple[str, str | None]:
-        """Return what two references to the same checkpoint share."""
-        return (os.path.abspath(self.path) if self.local else self.path, self.revision)
-
-    def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
-
-
-class Entry(_Words):
+class Entry(Named):
     """One of the models and its own parameters."""
 
-    model: ModelReference
-    parameters: Parameters = {}
+    parameters: Parameters = Field(default_factory=dict)
 
 
-class Step(_Words):
+class Step(PlanWords):
     """One operator under `then:`."""
 
     method: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -78,13 +41,13 @@ class Step(_Words):
         return {"method": method, "parameters": given or {}}
 
 
-class Plan(_Words):
+class Plan(PlanWords):
     """What is asked: the method, the models, and their parameters."""
 
     merge_method: str
     models: tuple[Entry, ...]
     base_model: ModelReference | None = None
-    parameters: Parameters = {}
+    parameters: Parameters = Field(default_factory=dict)
     dtype: Dtype = None
     out_dtype: Dtype = None
     name: str | None = None
@@ -114,43 +77,6 @@ class Plan(_Words):
     def stored_dtype(self) -> str | None:
         """Return the dtype of the output; None: each tensor keeps the base's."""
         return self.out_dtype or self.dtype
-
-
-def _split(text: str) -> dict[str, str | None]:
-    path = os.path.expanduser(text)
-    if os.path.exists(path):
-        return {"path": path, "revision": None}
-    if "+" in path:
-        refuse(f"'{text}': `+ADAPTER` is not supported yet (and nothing is at that path)")
-    path, *revisions = path.split("@")
-    if not path or len(revisions) > 1 or "" in revisions:
-        refuse(f"'{text}' is not PATH or PATH@REVISION")
-    if revisions and os.path.exists(path):
-        refuse(f"'{path}' is local, where a revision has no effect; drop '@{revisions[0]}'")
-    return {"path": path, "revision": revisions[0] if revisions else None}
-
-
-def _from_object(raw: dict[str, Any]) -> Any:
-    for key in ("lora", "override_architecture"):
-        if raw.get(key) is not None:
-            refuse(f"'{key}' is not supported yet", (key,))
-    rest = {key: raw[key] for key in raw if key not in ("lora", "override_architecture")}
-    unknown = [key for key in rest if key not in ("model", "path", "revision")]
-    if unknown:
-        hint = did_you_mean(unknown[0], ("model", "path", "revision"))
-        refuse(f"unknown key '{unknown[0]}' in a model{hint}", (unknown[0],), aside=True)
-    if set(rest) == {"model"}:
-        inner = rest["model"]
-        return _from_object(inner) if isinstance(inner, dict) else _split_text(inner, ("model",))
-    if "path" not in rest or "model" in rest:
-        refuse("a model is PATH@REVISION, {path, revision} or {model}")
-    if not isinstance(rest["path"], str) or not rest["path"]:
-        refuse("path must be text", ("path",))
-    return rest | {"path": os.path.expanduser(rest["path"])}
-
-
-def _split_text(raw: Any, at: tuple[str | int, ...]) -> dict[str, str | None]:
-    return _split(raw) if isinstance(raw, str) else refuse("a model is a path", at)
 
 
 def _mapping(raw: Any) -> Any:

@@ -13,8 +13,8 @@ from mergekit_ft.plan.checks import adjustments
 from mergekit_ft.plan.fields import REQUIRED
 from mergekit_ft.plan.levels import Levels, Member, Row, Table, members
 from mergekit_ft.plan.marks import Keys
-from mergekit_ft.plan.models import ModelReference
 from mergekit_ft.plan.reading import Reading
+from mergekit_ft.plan.references import ModelReference
 from mergekit_ft.plan.settings import Clause, Gradient
 from mergekit_ft.plan.unused import Seen, without_effect
 

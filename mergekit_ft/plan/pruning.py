@@ -9,18 +9,41 @@ from typing import Any
 
 import yaml
 
+from mergekit_ft.errors import Fault
 from mergekit_ft.plan import marks
 
 Span = tuple[int, int]  # of characters of the text
 _ALIAS = re.compile(r"\s*:?\s*\*[^\s,\]}]+")
 
 
-def pruned(text: str, labels: Collection[str]) -> tuple[str, bool]:
-    """Return a plan without what the labels name, and whether its comments could be kept.
+def stripped(text: str, idle: Collection[Fault]) -> tuple[str, bool]:
+    """Return a plan without what has no effect, and whether its comments could be kept.
 
-    What holds nothing any more goes as well. Where the text cannot be cut (an anchor that is needed
-    elsewhere), the rest is written anew.
+    What holds nothing any more goes as well. Where a document cannot be cut (an anchor is needed
+    elsewhere), the rest of it is written anew.
     """
+    whole, parts, above = True, [], 0
+    for part in re.split(r"(?m)^(?=---(?:\s|$))", text):  # documents, each with its mark
+        last = above + part.count("\n") + (not part.endswith("\n"))
+        labels = {fault.aside for fault in idle if above < fault.line <= last}
+        if labels:
+            part, kept = _stripped(part, labels, above)
+            whole &= kept
+        parts.append(part)
+        above = last
+    return "".join(parts), whole
+
+
+def _stripped(part: str, labels: Collection[str], above: int) -> tuple[str, bool]:
+    """Strip one document that has so many lines above it."""
+    rest, kept = pruned("\n" * above + part, labels)
+    if kept:
+        return rest[above:], True
+    return ("---\n" if part.startswith("---") else "") + rest, False
+
+
+def pruned(text: str, labels: Collection[str]) -> tuple[str, bool]:
+    """Return one document without what the labels name, and whether it could be cut."""
     wanted, _ = _without(marks.parse(text, "", last=True).value, "", labels)
     cut = _cut(text, labels)
     if marks.parse(cut, "", last=True).value == wanted:

@@ -22,14 +22,22 @@ _PATH: Json = {
     "required": ["path"],
     "additionalProperties": False,
 }
+_ADAPTER: Json = {
+    "description": "an adapter to put on the model: a folder, or a Hub id",
+    "anyOf": [_TEXT, _PATH, {"type": "null"}],
+}
 _MODEL: Json = {
-    "description": "a folder, or a Hub id with an optional @revision",
+    "description": "a folder, or a Hub id with an optional @revision; +ADAPTER puts one on it",
     "anyOf": [
         _TEXT,
-        _PATH,
+        {**_PATH, "properties": _PATH["properties"] | {"adapter": _ADAPTER, "lora": _ADAPTER}},
         {
             "type": "object",
-            "properties": {"model": {"anyOf": [_TEXT, _PATH]}},
+            "properties": {
+                "model": {"anyOf": [_TEXT, _PATH]},
+                "adapter": _ADAPTER,
+                "lora": _ADAPTER,
+            },
             "required": ["model"],
             "additionalProperties": False,
         },
@@ -74,7 +82,11 @@ def _properties(methods: list[str], steps: list[str]) -> Json:
         "type": "object",
         "required": ["model"],
         "additionalProperties": False,
-        "properties": {"model": _ref("model"), "parameters": {"type": ["object", "null"]}},
+        "properties": {
+            "model": _ref("model"),
+            "adapter": _ADAPTER,
+            "parameters": {"type": ["object", "null"]},
+        },
     }
     named = [{"const": name, "description": registry.summary(name)} for name in methods]
     return {

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from mergekit_ft.plan.marks import Keys
-from mergekit_ft.plan.models import ModelReference
 from mergekit_ft.plan.reading import Reading
+from mergekit_ft.plan.references import ModelReference
 from mergekit_ft.registry import did_you_mean
 
 
@@ -83,6 +83,9 @@ def _check_reference(reading: Reading, path: Keys, model: ModelReference) -> Non
     elif model.revision is not None:
         message = f"'{model.path}' is a stage of this plan, which has no revision; "
         reading.add(path, f"{message}drop '@{model.revision}'")
+    elif model.adapter is not None:
+        message = f"'{model.path}' is a stage of this plan, which takes no adapter; "
+        reading.add(path, f"{message}put '{model.adapter}' on the models that it merges")
 
 
 def _output(readings: Sequence[Reading], stages: Mapping[str, Reading]) -> Reading:

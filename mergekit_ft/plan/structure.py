@@ -43,7 +43,8 @@ def _as_written(tree: dict[str, Any], reading: Reading) -> None:
     paths: list[Keys] = [(key,) for key in _TEXTS]
     models = tree.get("models")
     for i in range(len(models) if isinstance(models, list) else 0):
-        paths += [("models", i, "model"), ("models", i, "model", "revision")]
+        paths += [("models", i, key) for key in ("model", "adapter")]
+        paths += [("models", i, key, "revision") for key in ("model", "adapter")]
     for path in [*paths, ("base_model", "revision")]:
         mark = reading.marks.get(path)
         if mark is not None and mark.text is not None:

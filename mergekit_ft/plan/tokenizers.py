@@ -6,15 +6,15 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from mergekit_ft.plan.fields import shown
-from mergekit_ft.plan.words import refuse
+from mergekit_ft.plan.references import ModelReference, PlanWords, refuse
 from mergekit_ft.registry import did_you_mean
 
 if TYPE_CHECKING:
     from mergekit_ft.plan.marks import Keys
-    from mergekit_ft.plan.models import ModelReference, Plan
+    from mergekit_ft.plan.models import Plan
     from mergekit_ft.plan.reading import Reading
 
 UNION, BASE = "union", "base"
@@ -28,8 +28,6 @@ _MODEL_TOKEN = ("kind", "model", "token", "token_id")
 
 def _reference(raw: Any) -> Any:
     """Return a model; what is wrong with it is said as it is elsewhere."""
-    from mergekit_ft.plan.models import ModelReference
-
     try:
         return ModelReference.model_validate(raw)
     except ValidationError as error:
@@ -41,7 +39,7 @@ def _source(raw: Any) -> Any:
     if raw is None or raw in (UNION, BASE):
         return raw or UNION
     words = f"source is union, base or a model; got {shown(raw)}"
-    if not isinstance(raw, str | dict) and type(raw).__name__ != "ModelReference":
+    if not isinstance(raw, str | dict | ModelReference):
         refuse(words)
     if isinstance(raw, str) and "/" not in raw and not os.path.exists(os.path.expanduser(raw)):
         refuse(f"{words}{did_you_mean(raw, (UNION, BASE))} (no folder has that name)")
@@ -121,15 +119,11 @@ def _template(raw: Any) -> Any:
     )
 
 
-class _Words(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Zero(_Words):
+class Zero(PlanWords):
     """A row of zeros."""
 
 
-class ModelToken(_Words):
+class ModelToken(PlanWords):
     """The row that a model has for one of its tokens."""
 
     model: Any  # ModelReference
@@ -141,7 +135,7 @@ class ModelToken(_Words):
         return f"{named} of {self.model}"
 
 
-class TokenWords(_Words):
+class TokenWords(PlanWords):
     """Where a token's row comes from, in models that lack it or, by force, in all."""
 
     source: Annotated[Any, BeforeValidator(_token_source)] = None  # ModelReference | ModelToken
@@ -155,11 +149,11 @@ class TokenWords(_Words):
         return _known(raw or {}, _TOKEN)
 
 
-class TokenizerWords(_Words):
+class TokenizerWords(PlanWords):
     """Whose vocabulary the output has, and the tokens that are told apart."""
 
     source: Annotated[Any, BeforeValidator(_source)] = UNION  # union, base or a ModelReference
-    tokens: Annotated[dict[str, TokenWords], BeforeValidator(_tokens)] = {}
+    tokens: Annotated[dict[str, TokenWords], BeforeValidator(_tokens)] = Field(default_factory=dict)
     pad_to_multiple_of: Annotated[int | None, BeforeValidator(_multiple)] = None
 
     @model_validator(mode="before")

@@ -24,18 +24,17 @@ def unused(found: Resolution) -> dict[str, list[str]]:
 def notes(found: Resolution) -> Iterator[str]:
     """Say what is not used, and what is stored in another dtype than it was read."""
     donor = found.donor
-    for source in found.sources:
-        yield from source.notes
     stored = {task.name: task.dtype for task in found.tasks}
     for reference, names in found.unused.items():
         yield f"{reference}: {named(names)} not in {donor.reference}, so not used"
+    yield from dict.fromkeys(note for source in found.sources for note in source.notes)
     for source in found.sources:
         other = [name for name in donor if _stored_otherwise(source, donor[name])]
         if other:
             first = other[0]
             yield (
-                f"{source.reference}: {named(other)} stored as {source[first].dtype}, "
-                f"{donor[first].dtype} in {donor.reference}; the output is {stored[first]}"
+                f"{source.reference}: {named(other)} stored as {source[first].kept}, "
+                f"{donor[first].kept} in {donor.reference}; the output is {stored[first]}"
             )
 
 
@@ -48,4 +47,4 @@ def named(names: Sequence[str]) -> str:
 
 def _stored_otherwise(source: Source, info: TensorInfo) -> bool:
     name = source.locate(info.name)
-    return name == info.name and source[name].dtype != info.dtype
+    return name == info.name and source[name].kept != info.kept

@@ -7,9 +7,9 @@ from typing import Any
 
 from mergekit_ft.errors import Fault, PlanError, SourceError
 from mergekit_ft.plan import ModelReference, Plan, Reading, nearest_stage
-from mergekit_ft.sources import Source, open_source
+from mergekit_ft.plan.references import Key
+from mergekit_ft.sources import Source, adapted, open_adapter, open_source
 
-Key = tuple[str, str | None]  # `ModelReference.key`
 Opened = Mapping[Key, Source]
 Find = Callable[[ModelReference], ModelReference]  # where a model is now
 Stage = Callable[[Reading, str], Source | None]  # the source that a stage's merge is
@@ -36,10 +36,21 @@ class Opener:
         if model.key not in self.sources:
             at = model if self._find is None else self._find(model)
             try:
-                self.sources[model.key] = open_source(at.path, at.revision, **self._opening)
+                self.sources[model.key] = self._on_its_base(model, at)
             except SourceError as error:
                 reading.add(path, f"{error}{nearest_stage(reading, model)}", kind="source")
         return self.sources.get(model.key)
+
+    def _on_its_base(self, model: ModelReference, at: ModelReference) -> Source:
+        """Open a model, unless it was before, and put its adapter on it if it has one."""
+        bare = model.bare.key
+        if bare not in self.sources:
+            self.sources[bare] = open_source(at.path, at.revision, **self._opening)
+        if at.adapter is None:
+            return self.sources[bare]
+        given = {key: value for key, value in self._opening.items() if key != "headers_only"}
+        adapter = open_adapter(at.adapter.path, at.adapter.revision, **given)
+        return adapted(self.sources[bare], adapter)
 
 
 def _whole(found: Mapping[Key, Source | None]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergekit_ft.sources.edits import edited
+from mergekit_ft.sources.edits import with_edits
 from mergekit_ft.sources.files import Reader
 from mergekit_ft.sources.header import SourceFile, TensorInfo
 from mergekit_ft.sources.source import Source
@@ -26,8 +26,8 @@ def derived(
     """Return a source of other tensors; each lies, in name, in the file that its info says.
 
     `inputs` are more files on disk that the bytes come from; `edits` are of its config.json;
-    `origins` are the sources to name in its place where what was read is told.
-    `notes` say what a user should know of how the tensors are read.
+    `origins` are the sources to name in its place where what was read is told; `notes` say what a
+    user should know of how the tensors are read.
     """
     by_file: dict[str, list[TensorInfo]] = {file.name: [] for file in source.files}
     for info in tensors:
@@ -40,7 +40,7 @@ def derived(
     )
     around = replace(
         source.around,
-        config=edited(source.config, edits or {}),
+        config=with_edits(source.config, edits or {}),
         edits={**source.edits, **(edits or {})},
         notes=(*source.notes, *notes),
     )
@@ -53,4 +53,5 @@ def derived(
         {**source.inputs, **(inputs or {})},
     )
     made.origins = source.origins if origins is None else tuple(origins)
+    made.on_disk = source.on_disk
     return made

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def edited(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
+def with_edits(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with other values; None leaves a key out."""
     found = copy.deepcopy(dict(config))
     for dotted, value in edits.items():

@@ -20,7 +20,8 @@ from mergekit_ft.sources.layout import (
     read_json,
     weight_names,
 )
-from mergekit_ft.sources.refusals import refuse_no_weights, refuse_quantised
+from mergekit_ft.sources.quantised import readable
+from mergekit_ft.sources.refusals import refuse_no_weights
 from mergekit_ft.sources.sides import WEIGHTS, side_files, walk
 from mergekit_ft.sources.source import Around, Source
 
@@ -36,9 +37,7 @@ def open_folder(
     files, reader, layout = _opened(folder, layout, config)
     sides = side_files(names, lambda name: content(folder, name))
     around = Around(folder, layout.index, config, sides, others)
-    source = Source(reference, files, reader, around, revision)
-    refuse_quantised(reference, config, source)
-    return source
+    return readable(Source(reference, files, reader, around, revision))
 
 
 def content(folder: Path, name: str) -> bytes:

@@ -33,11 +33,12 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined,unused-ignore]
 )
 
 from mergekit_ft.errors import SourceError
+from mergekit_ft.sources import adapter
 from mergekit_ft.sources.files import HeaderReader
 from mergekit_ft.sources.folder import choose, config_of, open_folder, unread
 from mergekit_ft.sources.header import PREFIX, SourceFile, header_length, parse
 from mergekit_ft.sources.layout import PICKLE, SAFE, Layout, check_index, escapes
-from mergekit_ft.sources.refusals import refuse_quantised
+from mergekit_ft.sources.quantised import readable
 from mergekit_ft.sources.sides import WEIGHTS, side_files
 from mergekit_ft.sources.source import Around, Source
 
@@ -100,6 +101,39 @@ def open_repo(
         return open_folder(folder, reference, allow_pickle=allow_pickle, revision=repo.commit)
 
 
+def fetch_adapter(
+    name: str, revision: str | None, *, offline: bool = False, endpoint: str | None = None
+) -> tuple[Path, str]:
+    """Fetch an adapter's weights, config and tokenizer; return their folder and the commit."""
+    repo = Repo(name, revision, endpoint or constants.ENDPOINT)
+    local = offline or constants.HF_HUB_OFFLINE
+    with _explained(repo):
+        repo = repo if local else _resolved(repo)
+        pickled = repo.sizes is not None and adapter.SAFE not in repo.sizes
+        weights = adapter.PICKLED if pickled else adapter.SAFE
+        folder = Path(
+            snapshot_download(
+                repo.name,
+                revision=repo.asked,
+                endpoint=repo.endpoint,
+                allow_patterns=[weights, *(f"*{ending}" for ending in adapter.BESIDE)],
+                ignore_patterns="*/*",
+                local_files_only=local,
+            )
+        )
+        _require_commit(repo, folder)
+        return folder, folder.name
+
+
+def _require_commit(repo: Repo, folder: Path) -> None:
+    """Require that what was fetched is what was asked about."""
+    if repo.commit and folder.name != repo.commit:
+        raise SourceError(
+            f"{repo}: moved from {repo.commit} to {folder.name} while it was fetched: run again, "
+            "or name a commit as its revision"
+        )
+
+
 def _resolved(repo: Repo) -> Repo:
     """Ask for the commit and the files of a repo."""
     info = HfApi(endpoint=repo.endpoint).model_info(
@@ -140,11 +174,7 @@ def _snapshot(repo: Repo, layout: Layout, sides: tuple[str, ...]) -> Path:
             allow_patterns=sorted(map(literal, wanted)),
         )
     )
-    if folder.name != repo.commit:
-        raise SourceError(
-            f"{repo}: moved from {repo.commit} to {folder.name} while it was fetched: run again, "
-            "or name a commit as its revision"
-        )
+    _require_commit(repo, folder)
     return folder
 
 
@@ -185,9 +215,7 @@ def _headers(repo: Repo, reference: str, layout: Layout, sides: tuple[str, ...])
     folder = _root(paths)
     config = config_of(tuple(paths), _fetcher(repo), reference)
     around = Around(folder, layout.index, config, sides, unread(tuple(sizes), layout))
-    source = Source(reference, files, HeaderReader(reference), around, repo.commit)
-    refuse_quantised(reference, config, source)
-    return source
+    return readable(Source(reference, files, HeaderReader(reference), around, repo.commit))
 
 
 def _root(paths: Mapping[str, str]) -> Path | None:

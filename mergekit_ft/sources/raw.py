@@ -9,7 +9,7 @@ from mergekit_ft.errors import SourceError
 from mergekit_ft.sources.files import FileReader, Reader
 from mergekit_ft.sources.header import SourceFile, read_file
 from mergekit_ft.sources.layout import PICKLE, SAFE, SHARD, Layout
-from mergekit_ft.sources.refusals import refuse_quantised
+from mergekit_ft.sources.quantised import readable
 from mergekit_ft.sources.source import Around, Source
 
 ADAPTER = re.compile(r"(?:.*\.)?(?:lora_[AB]|lora_embedding_[AB])(?:\..*)?")
@@ -21,8 +21,7 @@ def open_raw(path: Path, reference: str, *, allow_pickle: bool = False) -> Sourc
     files, reader = _opened(path, reference, allow_pickle)
     source = Source(reference, files, reader, Around())
     _refuse_adapter(source)
-    refuse_quantised(reference, {}, source)
-    return source
+    return readable(source)
 
 
 def _opened(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mergekit_ft.errors import SourceError
@@ -25,16 +25,9 @@ SCALES = ("_scale", "_scale_inv", "_scales", "_scale_2")
 WAY_OUT = "name the checkpoint it was quantised from, or dequantise it first"
 
 
-def refuse_quantised(
-    reference: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Refuse weights that mean nothing without their scales."""
-    method = _quant_method(config)
-    if method:
-        raise SourceError(
-            f"{reference}: quantised ({method}, by its config.json), which cannot be merged as it "
-            f"is: {WAY_OUT}"
-        )
+def refuse_packed(reference: str, tensors: Mapping[str, TensorInfo], *, f8: bool = False) -> None:
+    """Refuse weights that mean nothing without their scales; `f8`: but those of FP8 are known."""
+    narrow = NARROW - {"F8_E4M3", "F8_E5M2"} if f8 else NARROW
     for name, info in tensors.items():
         if name.endswith(ENDINGS):
             packer = next(who for end, who in PACKED.items() if name.endswith(end))
@@ -42,7 +35,7 @@ def refuse_quantised(
                 f"{reference}: quantised ({packer}, by its tensor {name!r}), which cannot be "
                 f"merged as it is: {WAY_OUT}"
             )
-        scale = _scale(name, tensors) if info.dtype in NARROW else None
+        scale = _scale(name, tensors) if info.dtype in narrow else None
         if scale:
             raise SourceError(
                 f"{reference}: quantised ({name!r} is {info.dtype} and counts only with its scale "
@@ -50,15 +43,13 @@ def refuse_quantised(
             )
 
 
-def _quant_method(config: Mapping[str, Any]) -> str | None:
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for part in parts:
+def quantisations(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what a config says of quantisation, by dotted key."""
+    inner = {f"{key}.": part for key, part in config.items() if isinstance(part, dict)}
+    for prefix, part in ({"": config} | inner).items():
         for key in ("quantization_config", "compression_config"):
             if part.get(key):
-                found = part[key]
-                method = found.get("quant_method") if isinstance(found, dict) else found
-                return str(method or "an unnamed method")
-    return None
+                yield prefix + key, part[key]
 
 
 def _scale(name: str, tensors: Collection[str]) -> str | None:
@@ -77,8 +68,8 @@ def refuse_no_weights(where: str, names: Collection[str], base: str | None) -> S
     if "adapter_config.json" in names:
         of = f" for {base}" if base else ""
         return SourceError(
-            f"{where}: holds an adapter{of}, not a model, and adapters are not supported yet: "
-            "merge it into its base first (peft: merge_and_unload, save_pretrained)"
+            f"{where}: holds an adapter{of}, not a model: write {base or 'BASE'}+{where}, or "
+            "`adapter:` beside its base's `model:`"
         )
     other = next((name for name in sorted(names) if name.endswith((".gguf", ".h5"))), None)
     if other:

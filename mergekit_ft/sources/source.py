@@ -63,6 +63,8 @@ class Source(Mapping[str, TensorInfo]):
         self._sides = around.sides
         self.reader = reader
         self.origins: tuple[Source, ...] = ()  # the sources that this one is computed from
+        self.on_disk = self  # as it lies on disk
+        self.adapter: tuple[str, str | None] | None = None  # its reference and commit, if on one
         self._tensors = _by_name(reference, files)
         self.ties = ties(self.config, self._tensors)
 
