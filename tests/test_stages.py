@@ -68,6 +68,28 @@ def test_a_stage_is_what_it_would_be_on_disk() -> None:
     assert not [path for path in Path("out").rglob("*") if "first" in path.name]
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("dare_ties", "weight: 0.7, density: 0.5"),  # masks keyed by model, tensor and element
+        ("della", "weight: 0.7, density: 0.5, epsilon: 0.1"),  # ranks within rows
+        ("sce", ""),  # weights of models from a survey
+        ("breadcrumbs", "weight: 1, density: 0.8"),  # two exact quantiles
+    ],
+)
+def test_a_stage_of_any_method_is_what_it_would_be_on_disk(method: str, parameters: str) -> None:
+    models = "".join(
+        f"- {{model: ./{m}, parameters: {{{parameters}}}}}\n" for m in ("maths", "chat")
+    )
+    first = f"name: first\nmerge_method: {method}\nbase_model: ./base\nmodels:\n{models}"
+    if method == "sce":
+        first = first.replace(", parameters: {}", "") + "parameters: {select_topk: 0.7}\n"
+    last = slerp("./base", "first")
+    merged(plan(first, last))
+    made, wanted = tensors(), one_after_the_other(first, last)
+    assert all(torch.equal(made[name], wanted[name]) for name in made)
+
+
 def test_the_order_of_documents_changes_nothing() -> None:
     last = slerp("./base", "first")
     merged(plan(ties("first"), last))

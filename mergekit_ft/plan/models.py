@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
+from mergekit_ft.plan.prefixes import Prefixes
 from mergekit_ft.plan.references import ModelReference, Named, PlanWords, refuse
 from mergekit_ft.plan.tokenizers import ChatTemplate, TokenizerSource, TokenizerWords
 from mergekit_ft.registry import did_you_mean
@@ -20,6 +21,7 @@ class Entry(Named):
     """One of the models and its own parameters."""
 
     parameters: Parameters = Field(default_factory=dict)
+    prefix: Prefixes = None  # how its names begin -> how they begin in the donor
 
 
 class Step(PlanWords):

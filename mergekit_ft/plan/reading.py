@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mergekit_ft.errors import Fault, PlanError
 from mergekit_ft.plan.marks import Keys, Marks
 from mergekit_ft.plan.models import Plan
+from mergekit_ft.plan.references import Key
 
 if TYPE_CHECKING:
     from mergekit_ft.plan.parameters import Lookup
@@ -27,6 +28,8 @@ class Reading:
     lookup: Lookup | None = None  # the parameters, when the method is known
     lenient: bool = False  # words that mergekit reads without effect are remarks, not faults
     remarks: list[Fault] = field(default_factory=list)  # of what was set aside so
+    unfit: set[Key] = field(default_factory=set)  # keys of models of which it
+    # was said that they do not fit
     stages: dict[str, Reading] = field(default_factory=dict)  # the plan's other documents, by name
 
     def fault(

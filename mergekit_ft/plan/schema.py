@@ -43,6 +43,12 @@ _MODEL: Json = {
         },
     ],
 }
+_PREFIX: Json = {
+    "description": "how names begin in this model: how they begin in the base",
+    "type": ["object", "null"],
+    "additionalProperties": _TEXT,
+    "minProperties": 1,
+}
 _SELECTORS: Json = {
     "filter": {"type": "string", "description": "case-sensitive part of the tensor's name; *: all"},
     "match": {"type": "string", "description": "glob over the whole name of the tensor"},
@@ -86,6 +92,7 @@ def _properties(methods: list[str], steps: list[str]) -> Json:
             "model": _ref("model"),
             "adapter": _ADAPTER,
             "parameters": {"type": ["object", "null"]},
+            "prefix": _PREFIX,
         },
     }
     named = [{"const": name, "description": registry.summary(name)} for name in methods]

@@ -20,6 +20,8 @@ class Resolution:
     members: tuple[Source, ...]  # (k,) the rows of a block, in order
     tasks: list[Task]  # in the order of the donor's files
     unused: dict[str, list[str]] = field(default_factory=dict)  # by model: tensors never read
+    alone: dict[str, list[str]] = field(default_factory=dict)  # tensors of the donor's that are
+    # copied, and the models that lack them
     notes: list[str] = field(default_factory=list)  # what a user should know and cannot mend here
     stages: dict[str, Resolution] = field(default_factory=dict)  # by name: merges that are sources
 

@@ -25,9 +25,16 @@ def notes(found: Resolution) -> Iterator[str]:
     """Say what is not used, and what is stored in another dtype than it was read."""
     donor = found.donor
     stored = {task.name: task.dtype for task in found.tasks}
-    for reference, names in found.unused.items():
-        yield f"{reference}: {named(names)} not in {donor.reference}, so not used"
     yield from dict.fromkeys(note for source in found.sources for note in source.notes)
+    for lacking, names in _by_lacking(found).items():
+        yield f"{donor.reference}: {named(names)} copied as they are, for {lacking} has none"
+    for reference, names in found.unused.items():
+        others = [name for name in names if name not in found.alone]
+        if others:
+            yield f"{reference}: {named(others)} not in {donor.reference}, so not used"
+        if len(others) < len(names):
+            shared = [name for name in names if name in found.alone]
+            yield f"{reference}: {named(shared)} not used, for not every model has them"
     for source in found.sources:
         other = [name for name in donor if _stored_otherwise(source, donor[name])]
         if other:
@@ -36,6 +43,14 @@ def notes(found: Resolution) -> Iterator[str]:
                 f"{source.reference}: {named(other)} stored as {source[first].kept}, "
                 f"{donor[first].kept} in {donor.reference}; the output is {stored[first]}"
             )
+
+
+def _by_lacking(found: Resolution) -> dict[str, list[str]]:
+    """Return the donor's own tensors by the models that lack them."""
+    groups: dict[str, list[str]] = {}
+    for name, models in found.alone.items():
+        groups.setdefault(" and ".join(models), []).append(name)
+    return groups
 
 
 def named(names: Sequence[str]) -> str:

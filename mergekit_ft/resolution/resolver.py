@@ -8,6 +8,7 @@ from typing import Any
 from mergekit_ft.contract import Adjustment, Base, Operator
 from mergekit_ft.layers import Place, places
 from mergekit_ft.plan import Plan, Reading
+from mergekit_ft.resolution.conservation import conserved, own_heads
 from mergekit_ft.resolution.found import Resolution
 from mergekit_ft.resolution.leftovers import named, notes, unused
 from mergekit_ft.resolution.opening import Opened, named_models
@@ -28,6 +29,7 @@ class Resolver:
         self.donor = opened[named[0].key]
         self.base = opened[self.plan.base_model.key] if self.plan.base_model else None
         self.places = places(self.donor)
+        self.alone: dict[str, list[str]] = {}  # tensors of the donor, and the models that lack them
         self.same: Any = None  # what an operator's survey over the whole model holds fixed
 
     def resolution(self) -> Resolution:
@@ -41,6 +43,7 @@ class Resolver:
         if lookup is not None:
             self.reading.take(lookup.unused())
         found = Resolution(self.plan, self.base, self.donor, self.members, tasks)
+        found.alone = self.alone
         found.unused = unused(found)
         found.notes = list(notes(found))
         return found
@@ -48,11 +51,17 @@ class Resolver:
     def _tasks(self) -> list[Task]:
         """Return a task for each tensor that every member has in the donor's shape."""
         return [
-            self._task(info)
+            self._copy_of(info) if info.name in self.alone else self._task(info)
             for file in self.donor.files
             for info in file.tensors
-            if self._fits(info)
+            if info.name in self.alone or self._fits(info)
         ]
+
+    def _copy_of(self, info: TensorInfo) -> Task:
+        """Return the task of a tensor that the donor alone has."""
+        place, own = self.places[info.name], Ref(self.donor, info.name, info)
+        stored = self._stored(info)
+        return Task(info.name, info.name, info.shape, stored, place, None, (), self.ids, copy=own)
 
     def _task(self, info: TensorInfo) -> Task:
         known = self.donor.ties.get(info.name, info.name)  # a tied tensor is merged as its target
@@ -120,13 +129,27 @@ class Resolver:
 
     def _require_every_tensor(self) -> None:
         for path, model in named_models(self.plan):
+            if model.key in self.reading.unfit:
+                continue
             source = self.opened[model.key]
-            missing = [name for name in self.donor if source.locate(name) is None]
+            lacked = [name for name in self.donor if source.locate(name) is None]
+            alone = conserved(self.donor, source, self.places, lacked)
+            for name in (name for name in lacked if name in alone):
+                self.alone.setdefault(name, []).append(str(model))
+            missing = [name for name in lacked if name not in alone]
             if missing:
                 self.reading.add(
                     path,
                     f"{model} lacks {named(missing)} of {self.donor.reference}; every model must "
                     "have all tensors of the base (of the first model where there is no base)",
+                    kind="source",
+                )
+            for name in own_heads(self.donor, source):
+                self.reading.add(
+                    path,
+                    f"{model} has a {name} of its own, which {self.donor.reference} ties to "
+                    f"{self.donor.ties[name]}, so that it would be lost; merge models that all tie "
+                    "it, or none (tie_word_embeddings in config.json, and the head in the weights)",
                     kind="source",
                 )
             for name in self.donor:

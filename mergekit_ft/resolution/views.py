@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mergekit_ft.plan import Reading
+from mergekit_ft.resolution.naming import renamed
 from mergekit_ft.resolution.opening import Opened
 from mergekit_ft.tokens import by_token
 
@@ -13,7 +14,7 @@ from mergekit_ft.tokens import by_token
 # plan are found at once.
 View = Callable[[Reading, Opened], Opened]
 
-VIEWS: tuple[View, ...] = (by_token,)  # in order: names and layout, then embeddings by token
+VIEWS: tuple[View, ...] = (renamed, by_token)  # in order: names and layout, then embeddings by token
 
 
 def viewed(reading: Reading, sources: Opened) -> Opened:

@@ -54,4 +54,5 @@ def derived(
     )
     made.origins = source.origins if origins is None else tuple(origins)
     made.on_disk = source.on_disk
+    made.adapter = source.adapter if origins is None else None
     return made
