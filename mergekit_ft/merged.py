@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_ft.blocks import Span
+from mergekit_ft.checkpoint.config import config_bytes
 from mergekit_ft.engine import PlanLike, passes_for, resolve_plan
 from mergekit_ft.errors import PlanError
 from mergekit_ft.options import Options
@@ -42,7 +45,7 @@ def load(plan: PlanLike, *, model_class: Any = None, **options: Any) -> Any:
                 "open_plan gives the tensors"
             )
         folder = donor.folder
-        settings = _edited(transformers.AutoConfig.from_pretrained(folder), donor.edits)
+        settings = _settings(tensors.resolution, folder)
         named = (settings.architectures or [""])[0]
         chosen = model_class or getattr(transformers, named, None)
         if chosen is None:
@@ -57,18 +60,15 @@ def load(plan: PlanLike, *, model_class: Any = None, **options: Any) -> Any:
         return model
 
 
-def _edited(settings: Any, edits: Mapping[str, Any]) -> Any:
-    """Put the output's values in a config of transformers."""
-    for dotted, value in edits.items():
-        *outer, key = dotted.split(".")
-        part = settings
-        for step in outer:
-            part = getattr(part, step)
-        if value is not None:
-            setattr(part, key, value)
-        elif hasattr(part, key):
-            delattr(part, key)
-    return settings
+def _settings(resolution: Resolution, folder: Path) -> Any:
+    """Return the config that the output would have."""
+    import transformers
+
+    if not resolution.edits:
+        return transformers.AutoConfig.from_pretrained(folder)
+    with TemporaryDirectory() as made:
+        (Path(made) / "config.json").write_bytes(config_bytes(resolution) or b"{}")
+        return transformers.AutoConfig.from_pretrained(made)
 
 
 def _generation(donor: Source) -> Any:

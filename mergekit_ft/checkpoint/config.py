@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mergekit_ft.checkpoint.json_text import edited
 from mergekit_ft.errors import SourceError
-from mergekit_ft.sources.edits import with_edits
 from mergekit_ft.sources.ties import TEXT_CONFIGS, tie_word_embeddings
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ ROPE = ("rope_parameters", "rope_scaling")  # one thing under a new and an old n
 
 
 def config_bytes(resolution: Resolution) -> bytes | None:
-    """Return the donor's config.json, set right where it no longer holds of the output."""
+    """Return the donor's config.json with the merge's edits and the dtype that it stores."""
     folder = resolution.donor.folder
     path = folder / "config.json" if folder is not None else None
     if path is None or not path.is_file():
@@ -59,17 +59,9 @@ def config_bytes(resolution: Resolution) -> bytes | None:
         raw = path.read_bytes()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
-    raw = edited(raw, resolution.donor.edits)
-    wanted = resolution.plan.stored_dtype
-    return raw if wanted is None else _with_dtype(raw.decode("utf-8"), wanted).encode()
-
-
-def edited(raw: bytes, edits: Mapping[str, Any]) -> bytes:
-    """Return a JSON object with values set by dotted key, and keys left out where that is None."""
-    if not edits:
-        return raw
-    config = with_edits(json.loads(raw.decode("utf-8-sig")), edits)
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    wanted, edits = resolution.plan.stored_dtype, resolution.edits
+    text = edited(raw.decode("utf-8"), edits) if wanted or edits else ""
+    return (_with_dtype(text, wanted) if wanted else text).encode() if text else raw
 
 
 def differences(donor: Source, other: Source) -> list[str]:

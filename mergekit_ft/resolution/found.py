@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from mergekit_ft.plan import Plan
 from mergekit_ft.resolution.tasks import Task
@@ -35,6 +37,11 @@ class Resolution:
         """Return every source once."""
         everyone = [self.donor, *self.members, *([self.base] if self.base else [])]
         return list({id(source): source for source in everyone}.values())
+
+    @property
+    def edits(self) -> Mapping[str, Any]:
+        """Return what the output's config.json says otherwise than the donor's, by dotted key."""
+        return self.donor.edits
 
     @property
     def leaves(self) -> list[Source]:
