@@ -495,3 +495,33 @@ def test_faults_of_the_plan_and_of_an_adapter_come_in_one_report() -> None:
         merge(text, "out")
     said = str(caught.value)
     assert "wieght" in said and "for other.weight" in said
+
+
+@pytest.mark.parametrize(
+    ("there", "trained"),
+    [
+        ("h.0.attn.up", "transformer.h.0.attn.up"),
+        ("bert.layer.0.up", "layer.0.up"),
+        ("model.layers.0.up", "model.language_model.layers.0.up"),
+        ("language_model.model.layers.0.up", "model.language_model.layers.0.up"),
+        ("model.language_model.layers.0.up", "language_model.model.layers.0.up"),
+        ("visual.up", "model.visual.up"),
+    ],
+)
+def test_names_that_differ_by_how_the_model_is_wrapped_are_found(there: str, trained: str) -> None:
+    write_checkpoint(Path("other"), {f"{there}.weight": torch.zeros(6, 4)}, config={})
+    write_adapter("a", factors(1, trained))
+    found = on("a", "other").tensor(f"{there}.weight")
+    assert float((found - delta(1)).abs().max()) < 1e-6
+
+
+def test_an_adapter_goes_on_an_fp8_model_as_on_what_that_means() -> None:
+    narrow = weights()[f"{UP}.weight"].to(torch.float8_e4m3fn)
+    tensors = weights() | {f"{UP}.weight": narrow, f"{UP}.weight_scale_inv": torch.tensor(0.5)}
+    words = CONFIG | {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}
+    write_checkpoint(Path("fp8"), tensors, config=words)
+    source = on("a", "fp8")
+    found = source.tensor(f"{UP}.weight")
+    assert float((found - narrow.float() * 0.5 - delta(1)).abs().max()) < 1e-6
+    assert source[f"{UP}.weight"].kept == "BF16"
+    assert source.edits == {"quantization_config": None}

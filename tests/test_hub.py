@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from mergekit_ft.errors import SourceError
-from mergekit_ft.sources import Source, open_source
+from mergekit_ft.sources import Source, adapted, open_adapter, open_source
 from tests.checkpoints import write_checkpoint
 from tests.hub_double import Double, serve
 
@@ -343,3 +344,47 @@ def test_the_folder_wins_over_the_repo_of_the_same_name(
     write_checkpoint(tmp_path / REPO, {"one.weight": torch.ones(2)})
     assert list(opened(hub)) == ["one.weight"]
     assert hub.calls == []
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Write an adapter on one module of the model above, as a trainer leaves it."""
+    folder.mkdir()
+    words = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": REPO}
+    (folder / "adapter_config.json").write_text(json.dumps(words))
+    (folder / "tokenizer.json").write_text("{}")
+    module = "base_model.model.model.layers.0.mlp.up_proj"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 16), f"{module}.lora_B.weight": B}
+    save_file(factors, folder / "adapter_model.safetensors")
+    for unwanted in ("optimizer.pt", "checkpoint-10/adapter_model.safetensors"):
+        (folder / unwanted).parent.mkdir(exist_ok=True)
+        (folder / unwanted).write_bytes(b"unwanted" * 1000)
+    return folder
+
+
+B = torch.arange(512.0).view(256, 2)
+ADAPTER = "some-org/an-adapter"
+
+
+def test_an_adapter_on_the_hub_is_put_on_its_model(hub: Double, folder: Path) -> None:
+    hub.add(REPO, folder)
+    commit = hub.add(ADAPTER, adapter_folder(folder.parent / "adapter")).commit
+    base = opened(hub)
+    hub.sent.clear()
+    adapter = open_adapter(ADAPTER, endpoint=hub.endpoint)
+    assert sorted(hub.sent) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+    ]
+    source = adapted(base, adapter)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(source.tensor(name), TENSORS[name] + 2 * B.sum(1, keepdim=True))
+    assert source.adapter == (ADAPTER, commit) and source.revision == base.revision
+    assert len(source.notes) == 1  # neither another base nor another tokenizer
+    again = open_adapter(ADAPTER, endpoint=hub.endpoint, offline=True)
+    assert again.revision == commit
+
+
+def test_an_adapter_that_the_hub_lacks_is_told_like_a_model(hub: Double) -> None:
+    with pytest.raises(SourceError, match="no such folder here, and no such model at"):
+        open_adapter(ADAPTER, endpoint=hub.endpoint)

@@ -34,6 +34,15 @@ STEMS = (  # what a model with a head may put before the names of the model with
         "backbone",
     ]
 )
+SIGHTED = (  # where transformers keeps the parts of a model that sees, and where its files do
+    (("model.language_model.", "model."), ("model.visual.", "visual.")),
+    (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
+)
 CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types
 CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")  # in them, stored (in, out)
 COMPARED = 1 << 20  # bytes at a time
@@ -81,9 +90,9 @@ class _Landing:
         best: list[str] = wanted
         for rule in _rules():
             missing = [name for name in wanted if self._locate(rule(name)) is None]
-            if not missing:
+            if not missing and len(set(map(rule, wanted))) == len(set(wanted)):
                 return rule
-            best = min(best, missing, key=len)
+            best = min(best, missing or best, key=len)
         first = best[0]
         near = nearest(first, self.base)
         hint = f" (nearest: {', '.join(near)})" if near else ""
@@ -295,6 +304,17 @@ def _rules() -> Iterator[Callable[[str], str]]:
     for stem in STEMS:
         yield lambda name, stem=stem: name.removeprefix(f"{stem}.")  # type: ignore[misc]
         yield lambda name, stem=stem: f"{stem}.{name}"  # type: ignore[misc]
+    for pairs in SIGHTED:
+        yield lambda name, pairs=pairs: _moved(name, pairs)  # type: ignore[misc]
+        yield lambda name, pairs=pairs: _moved(name, [pair[::-1] for pair in pairs])  # type: ignore[misc]
+
+
+def _moved(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Return a name with the first of these beginnings that it has put for the other."""
+    for one, other in pairs:
+        if name.startswith(one):
+            return other + name.removeprefix(one)
+    return name
 
 
 def _same_place(one: str, other: str) -> bool:
