@@ -25,6 +25,8 @@ CLOSEST, SPARSEST = 16, 512
 ABOVE, WITHIN = -1.0, -2.0  # in place of a magnitude: the index is a count
 SIGMAS = 3.0  # of the sample's rank, on either side
 ROOM = 4.0  # margins; two are expected, the rest is for equals and for uneven blocks
+ROOMY = 1 / 8  # of a block, where there is memory: bfloat16 models have popular magnitudes
+EACH = 32  # bytes that a collected element takes, and is copied
 
 Row = np.ndarray[Any, np.dtype[Any]]
 Deltas = Callable[[Block, int], Tensor]  # (block, model) -> (n,) values, in the first scratch row
@@ -59,8 +61,9 @@ def find(ranks: dict[int, int], deltas: Deltas, about: About) -> Found:
         every = min(max(1, numel // (RUNS * RUN)), RAREST)
         stride = min(max(numel // SAMPLE // every, CLOSEST // every), SPARSEST) | 1
         (sample,) = yield (_sample(list(ranks), deltas, stride, every),)
+        most = min(ROOMY, about.spare / (EACH * len(ranks) * numel))
         for column, (i, rank) in enumerate(ranks.items()):
-            brackets[i] = _bracket(sample[:, column], rank / numel)
+            brackets[i] = _bracket(sample[:, column], rank / numel, most)
     collected = yield tuple(_collect(i, bracket, deltas) for i, bracket in brackets.items())
     exact = torch.float32 if about.bits == 32 else torch.float64
     found: dict[int, Place] = {}
@@ -92,15 +95,18 @@ def _magnitudes(models: list[int], deltas: Deltas) -> Callable[[Block], Tensor]:
     return magnitudes
 
 
-def _bracket(sample: Tensor, share: float) -> Bracket:
-    """Return the interval that holds the magnitude above which lies this share of all."""
+def _bracket(sample: Tensor, share: float, most: float) -> Bracket:
+    """Return the interval that holds the magnitude above which lies this share of all.
+
+    There is room for `most` of a block's elements in it, at least.
+    """
     m = sample.numel()
     margin = SIGMAS * math.sqrt(m * share * (1.0 - share)) + 2.0
     upper, lower = math.floor(share * m - margin), math.ceil(share * m + margin)
     towards = torch.tensor([-1.0, math.inf], dtype=sample.dtype)
     low = _largest(sample, lower).nextafter(towards[0]) if lower <= m else towards[0]
     high = _largest(sample, upper).nextafter(towards[1]) if upper >= 1 else towards[1]
-    return Bracket(float(low), float(high), min(1.0, ROOM * margin / m))
+    return Bracket(float(low), float(high), min(1.0, max(most, ROOM * margin / m)))
 
 
 def _largest(values: Tensor, rank: int) -> Tensor:
