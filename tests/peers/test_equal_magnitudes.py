@@ -1,4 +1,4 @@
-"""Where magnitudes at the threshold are equal, `ties` keeps as many, and the same magnitudes.
+"""Where magnitudes at the threshold are equal, as many are kept as there, and the same magnitudes.
 
 mergekit sorts without keeping the order of equals, so which of them it keeps is chance; ours keeps
 those of the lowest index.
@@ -63,4 +63,29 @@ def test_ties_keeps_the_magnitudes_that_the_peer_keeps(
     for name, kept in ours.items():
         assert torch.equal(kept.abs().flatten().sort()[0], theirs[name].abs().flatten().sort()[0])
         assert torch.equal(kept, first_of_the_largest(values[name], density)), name
+    assert any(not torch.equal(kept, theirs[name]) for name, kept in ours.items())
+
+
+@pytest.mark.parametrize(("density", "gamma"), [(0.25, 0.03), (0.5, 0.5), (0.9, 0.01), (0.03, 0.2)])
+def test_breadcrumbs_keeps_the_magnitudes_that_the_peer_keeps(
+    peer: Peer, tmp_path: Path, density: float, gamma: float
+) -> None:
+    base, tuned = coarse_model(tmp_path)
+    own = {"weight": 1.0, "density": density, "gamma": gamma}
+    plan: Plan = {
+        "merge_method": "breadcrumbs",
+        "base_model": str(base),
+        "models": [{"model": str(tuned), "parameters": own}],
+        "dtype": "float32",
+    }
+    ours, theirs, values = our_merge(plan), peer.merge(plan), tensors_of(tuned)
+    for name, kept in ours.items():
+        assert torch.equal(kept.abs().flatten().sort()[0], theirs[name].abs().flatten().sort()[0])
+        most = math.trunc(density * values[name].numel())
+        large = min(math.trunc(gamma * values[name].numel()), values[name].numel() - most)
+        order = values[name].flatten().abs().sort(descending=True, stable=True).indices
+        expected = torch.zeros_like(values[name]).flatten()
+        band = order[large : large + most]
+        expected[band] = values[name].flatten()[band]
+        assert torch.equal(kept.flatten(), expected), name
     assert any(not torch.equal(kept, theirs[name]) for name, kept in ours.items())

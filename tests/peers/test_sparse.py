@@ -14,6 +14,7 @@ are the elements that the two may choose otherwise:
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,8 @@ from mergekit_ft.contract import Operator
 from mergekit_ft.methods.breadcrumbs import Breadcrumbs
 from mergekit_ft.methods.breadcrumbs_ties import BreadcrumbsTies
 from mergekit_ft.methods.sce import Sce
-from tests.peers.both import Merged, merge_by_both
+from tests.checkpoints import tiny_llama, write_checkpoint
+from tests.peers.both import Merged, merge_by_both, our_merge
 from tests.peers.conftest import Checkpoints
 from tests.peers.distances import relative_distance, units_apart
 from tests.peers.families import MERGED
@@ -141,3 +143,60 @@ def test_a_plan_gives_what_the_peer_gives_in_float32_rounded_once(
         assert not beyond.any(), f"{merged.name}: {int(beyond.sum())} elements"
     numel = sum(edge.mask.numel() for edge in edges.values())
     assert sum(int(edge.mask.sum()) for edge in edges.values()) < FEW * numel
+
+
+def exact(plan: Plan) -> dict[str, Tensor]:
+    """Return the merge by the plain float64 form of each operator, from the stored values."""
+    base = tensors_of(Path(plan["base_model"]))
+    tuned = [tensors_of(Path(entry["model"])) for entry in plan["models"]]
+    with mergekit_ft.open_plan(text_of(plan)) as merged:
+        tasks = {task.name: task for task in merged.resolution.tasks}
+    found = {}
+    for name, task in tasks.items():
+        assert task.operator is not None
+        values = base[name].double()
+        others = [x[name].double() for x in tuned]
+        found[name] = values + task.operator.reference(values, others, task.about())
+    return found
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_of_bfloat16_models_ours_is_the_nearer_to_float64(
+    peer: Peer, checkpoints: Checkpoints, method: str
+) -> None:
+    family = checkpoints("llama", dtype=torch.bfloat16)
+    plan = next(iter(SPARSE[method].values()))(family)
+    plan |= {"dtype": "bfloat16", "out_dtype": "bfloat16"}
+    plain, apart = exact(plan), torch.zeros(2, dtype=torch.float64)
+    for merged in merge_by_both(peer, family, plan):
+        for i, values in enumerate((merged.ours, merged.theirs)):
+            apart[i] += (values.double() - plain[merged.name]).square().sum()
+    assert apart[0] < apart[1]
+
+
+def test_sce_keeps_the_places_that_float64_keeps_where_the_peer_loses_them_to_rounding(
+    peer: Peer, tmp_path: Path
+) -> None:
+    example = tiny_llama(tmp_path / "example")
+    draw = torch.Generator().manual_seed(0)
+    shapes = {name: tensor.shape for name, tensor in tensors_of(example).items()}
+    base = {name: 1.0 + torch.rand(shape, generator=draw) for name, shape in shapes.items()}
+    paths = [tmp_path / "base", tmp_path / "one", tmp_path / "two"]
+    middle = {name: 0.01 * torch.randn(x.shape, generator=draw) for name, x in base.items()}
+    for path in paths:  # the models are far from the base, and near one another
+        near = {n: x + 1e-5 * torch.randn(x.shape, generator=draw) for n, x in middle.items()}
+        write_checkpoint(path, base if path == paths[0] else near)
+        shutil.copy(example / "config.json", path)
+    plan = {
+        "merge_method": "sce",
+        "base_model": str(paths[0]),
+        "models": [{"model": str(path)} for path in paths[1:]],
+        "parameters": {"select_topk": 0.5},
+        "dtype": "float32",
+    }
+    plain, ours, theirs = exact(plan), our_merge(plan), peer.merge(plan)
+    lost = [
+        sum(int(((got[n] != base[n]) != (plain[n] != base[n].double())).sum()) for n in plain)
+        for got in (ours, theirs)
+    ]
+    assert lost[0] < lost[1]
