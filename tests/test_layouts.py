@@ -154,19 +154,50 @@ def test_a_layer_beyond_those_of_the_config_is_kept() -> None:
         "lm_head.weight",
         "model.embed_tokens.weight",
         "model.layers.2",
+        "score.weight",
+        "projector.linear.bias",
     ],
 )
 def test_what_belongs_to_the_model_itself_must_not_be_missing(lost: str) -> None:
-    write("base", weights(1))
-    write("maths", {name: t for name, t in weights(2).items() if not name.startswith(lost)})
+    more = {"score.weight": torch.ones(2), "projector.linear.bias": torch.ones(2)}
+    more |= {"projector.linear.weight": torch.ones(2)}
+    held = weights(2) | more
+    write("base", weights(1) | more)
+    write("maths", {name: t for name, t in held.items() if not name.startswith(lost)})
     refused(4, "./maths lacks", arithmetic())
 
 
-def test_a_model_that_lacks_most_of_the_base_is_refused() -> None:
+def test_a_tower_alone_is_no_model_of_the_kind_of_the_base() -> None:
     part = {"tower.layers.0.q_proj.weight": torch.randn(4, 4)}
     write("base", weights(1) | part)
     write("maths", part)
     refused(4, "./maths lacks", arithmetic())
+
+
+def test_a_large_tower_is_kept_as_a_small_one_is() -> None:
+    tower = {"visual.blocks.0.mlp.fc1.weight": torch.randn(100, 100)}
+    seam = {"projector.norm.weight": torch.randn(4), "projector.linear.bias": torch.randn(4)}
+    apart = tower | seam | {"model.image_newline": torch.randn(4)}
+    write("base", weights(1) | apart)
+    write("maths", weights(2))
+    merged(arithmetic())
+    made = tensors()
+    assert all(torch.equal(made[name], tensor) for name, tensor in apart.items())
+
+
+def test_an_architecture_that_nobody_knows_merges_by_names_and_shapes() -> None:
+    shapes = {"reader.blocks.0.mix.w": (3, 4), "reader.blocks.1.mix.w": (3, 4), "seam.bias": (5,)}
+    shapes |= {"writer.cells.0.gate.k": (2, 2, 2), "writer.cells.1.gate.k": (2, 2, 2)}
+    held = {}
+    for name in ("base", "maths"):
+        held[name] = {key: torch.randn(shape) for key, shape in shapes.items()}
+        write_checkpoint(Path(name), held[name], config={"architectures": ["Unheard"]})
+    said = merged(arithmetic(weight="[{match: 'writer.*', value: [0, 1]}, {value: 0.5}]")).stdout
+    assert "note" not in said
+    for name, made in tensors().items():
+        w = {"writer.cells.0.gate.k": 0.0, "writer.cells.1.gate.k": 1.0}.get(name, 0.5)
+        base, maths = held["base"][name], held["maths"][name]
+        torch.testing.assert_close(made, base + w * (maths - base))
 
 
 def test_constants_that_older_checkpoints_hold_are_kept() -> None:

@@ -66,7 +66,10 @@ def config_bytes(resolution: Resolution) -> bytes | None:
 
 def differences(donor: Source, other: Source) -> list[str]:
     """Say on which keys that give weights their meaning two configs disagree."""
-    mine, theirs = map(dict, map(_read, _comparable(donor.config, other.config)))
+    mine, theirs = map(dict, map(_meaning, _comparable(donor.config, other.config)))
+    if donor.config and other.config:  # the default where a config is silent
+        mine["tie_word_embeddings"] = tie_word_embeddings(donor.config)
+        theirs["tie_word_embeddings"] = tie_word_embeddings(other.config)
     found = []
     for key in dict.fromkeys([*mine, *theirs] if mine and theirs else []):
         word = key.rpartition(".")[2]
@@ -80,14 +83,16 @@ def differences(donor: Source, other: Source) -> list[str]:
 
 
 def _comparable(one: Config, other: Config) -> tuple[Config, Config]:
-    """Return two configs, of a larger model the part that is of the other's type."""
-    return _part(one, other.get("model_type")), _part(other, one.get("model_type"))
+    """Return two configs, of a larger model the part that speaks of text where it alone has one."""
+    mine, theirs = _text(one), _text(other)
+    if (mine is None) == (theirs is None):
+        return one, other
+    return (one if mine is None else mine), (other if theirs is None else theirs)
 
 
-def _part(config: Config, kind: object) -> Config:
+def _text(config: Config) -> Config | None:
     parts = [config.get(key) for key in TEXT_CONFIGS]
-    found = [part for part in parts if isinstance(part, dict) and part.get("model_type") == kind]
-    return found[0] if found and config.get("model_type") != kind else config
+    return next((part for part in parts if isinstance(part, dict)), None)
 
 
 def _with_dtype(text: str, wanted: str) -> str:
@@ -109,12 +114,6 @@ def _speaks_of_weights(text: str, match: re.Match[str]) -> bool:
     parts = [part for key, part in config.items() if key.endswith("_config")]
     parts = [part for part in parts if isinstance(part, dict) and "quant_method" not in part]
     return any("\0" in (part.get("dtype"), part.get("torch_dtype")) for part in (config, *parts))
-
-
-def _read(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _meaning(config)
-    if config:
-        yield "tie_word_embeddings", tie_word_embeddings(config)  # its default where it is silent
 
 
 def _meaning(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

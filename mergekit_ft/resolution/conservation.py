@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mergekit_ft.layers import Place
+from mergekit_ft.layers import places as places_of
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.ties import TEXT_CONFIGS
 
 BUFFER = re.compile(  # constants that older checkpoints hold and newer ones do not
     r"(?:.*\.)?(?:rotary_emb\.inv_freq|attn\.(?:masked_)?bias|attention\.(?:masked_)?bias"
     r"|embeddings\.position_ids)"
+)
+WORDS = re.compile(  # the embedding of tokens
+    r"(?:[a-z_]+\.)*(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight"
 )
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -23,13 +27,15 @@ def conserved(
     """Return those of the missing tensors that are the donor's alone: copied, nothing is lost.
 
     They are whole parts that the source has nothing of (a vision tower, a projector, layers that
-    predict further tokens) and constants; never part of a stack or module that the source has, a
-    head, an embedding or a norm of the model itself, nor most of the model.
+    predict further tokens) and constants; never part of a stack or module that the source has, nor
+    a head, an embedding or a norm of the model itself. A source that has no stack of the donor's,
+    or not its words, is no model of its kind.
     """
-    if _numel(donor, missing) * 2 > _numel(donor, donor):
-        return set()
     held = {prefix for name in source for prefix in _prefixes(name)}
-    stacks = {places[name].stack for name in donor if source.locate(name) and _inside(places[name])}
+    shared = [name for name in donor if source.locate(name)]
+    stacks = {places[name].stack for name in shared if _inside(places[name])}
+    if not stacks or (any(map(_is_of_words, donor)) and not any(map(_is_of_words, shared))):
+        return set()
     beyond = _layers(donor.config)
     found = set()
     for name in missing:
@@ -41,8 +47,8 @@ def conserved(
             if place.stack not in stacks or (extra and f"{place.stack}.{place.layer}." not in held):
                 found.add(name)
         else:
-            part = next((prefix for prefix in _prefixes(name) if prefix not in held), None)
-            if part and (place.role == "other" or _has_layers(part, places)):
+            part = next((prefix for prefix in _prefixes(name) if prefix not in held), name)
+            if _is_apart(part) or _has_layers(part, places):
                 found.add(name)
     return found
 
@@ -50,6 +56,18 @@ def conserved(
 def own_heads(donor: Source, source: Source) -> list[str]:
     """Return the tensors of a source that the donor ties to another, and the source does not."""
     return [name for name in donor.ties if name in source and name not in source.ties]
+
+
+def _is_apart(part: str) -> bool:
+    """Say whether a module, or a tensor that is no weight of one, is no head, embedding or norm."""
+    if part.endswith((".weight", ".bias")):
+        return False  # of a module that the source has
+    at = f"{part}weight" if part.endswith(".") else part
+    return places_of([at])[at].role == "other"
+
+
+def _is_of_words(name: str) -> bool:
+    return WORDS.fullmatch(name) is not None
 
 
 def _inside(place: Place) -> bool:
@@ -64,10 +82,6 @@ def _prefixes(name: str) -> list[str]:
 
 def _has_layers(part: str, places: Mapping[str, Place]) -> bool:
     return any(name.startswith(part) and _inside(place) for name, place in places.items())
-
-
-def _numel(donor: Source, names: Iterable[str]) -> int:
-    return sum(donor[name].numel for name in names)
 
 
 def _layers(config: Mapping[str, Any]) -> int | None:

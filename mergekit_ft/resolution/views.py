@@ -14,7 +14,10 @@ from mergekit_ft.tokens import by_token
 # plan are found at once.
 View = Callable[[Reading, Opened], Opened]
 
-VIEWS: tuple[View, ...] = (renamed, by_token)  # in order: names and layout, then embeddings by token
+VIEWS: tuple[View, ...] = (
+    renamed,
+    by_token,
+)  # in order: names and layout, then embeddings by token
 
 
 def viewed(reading: Reading, sources: Opened) -> Opened:
