@@ -50,6 +50,7 @@ def source_of(name: str, resolution: Resolution) -> Source:
         reader,
         reference=name,
         inputs=inputs,
+        edits=resolution.edits,
         origins=leaves,
     )
 

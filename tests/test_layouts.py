@@ -146,6 +146,14 @@ def test_a_layer_beyond_those_of_the_config_is_kept() -> None:
     assert torch.equal(tensors()[name], weights(1, layers=4)[name])
 
 
+def test_a_deeper_model_is_not_cut_off_silently() -> None:
+    write("base", weights(1))
+    write("maths", weights(2, layers=4), num_hidden_layers=4)
+    refused(4, "./maths has 4 layers in model.layers, 3 in ./base", arithmetic())
+    write("maths", weights(2, layers=4), num_hidden_layers=3)  # the last predicts further tokens
+    assert "3 tensors (model.layers.3" in merged(arithmetic()).stdout
+
+
 @pytest.mark.parametrize(
     "lost",
     [

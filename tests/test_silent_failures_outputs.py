@@ -38,7 +38,7 @@ from tests.small_models import (
 
 def test_the_first_model_gives_config_and_bytes_whatever_the_hash_seed() -> None:
     for name, theta in (("maths", 1e6), ("chat", 1e4)):
-        config = json.dumps({**CONFIG, "rope_theta": theta, "tie_word_embeddings": theta > 1e5})
+        config = json.dumps({**CONFIG, "rope_theta": theta, "tie_word_embeddings": theta < 1e5})
         Path(name, "config.json").write_text(config)
     Path("plan.yaml").write_text(three("linear", "weight: 0.5").replace("base_model: ./base\n", ""))
     for seed in ("1", "2"):

@@ -23,6 +23,7 @@ from tests.small_models import (
     weights,
     write_models,
 )
+from tests.vocabularies import linear, words, write_model
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -239,3 +240,19 @@ def test_a_plan_of_stages_can_be_read_without_being_written() -> None:
     merged(text)
     with mergekit_ft.open_plan(text) as found:
         assert all(torch.equal(found[name], made) for name, made in tensors().items())
+
+
+def test_a_stage_hands_its_tokenizer_on() -> None:
+    write_model(Path("a"), 1, words("x", "cat", "dog", added=["<s>"]))
+    write_model(Path("b"), 2, words("x", "dog", "emu", "cat", added=["<s>", "<i>"]))
+    write_model(Path("c"), 3, words("x", "gnu", added=["<c>"]))
+    union = "tokenizer: {source: union}\n"
+    first = "name: first\n" + linear(0.5, 0.5, more=union)
+    last = linear(0.5, 0.5, more=union, names=("first", "c")).replace("./first", "first")
+    merged(plan(first, last))
+    made, wanted = tensors(), one_after_the_other(first, last)
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], wanted[name]) for name in made)
+    for file in ("tokenizer.json", "config.json", "tokenizer_config.json"):
+        assert Path("out", file).read_bytes() == Path("second-on-disk", file).read_bytes()
+    assert cli("verify", "out", "--full").exit_code == 0

@@ -53,6 +53,22 @@ def conserved(
     return found
 
 
+def deeper(donor: Source, source: Source, places: Mapping[str, Place]) -> str | None:
+    """Say which stack of a source has layers that the donor's lacks; not those beyond its config.
+
+    Such a merge would leave off the end of a model.
+    """
+    declared = _layers(source.config)
+    mine, theirs = (
+        {at.stack: at.layers for at in held.values()} for held in (places_of(source), places)
+    )
+    for stack in sorted(mine.keys() & theirs.keys() - {""}):
+        count = mine[stack] if declared is None else min(mine[stack], declared)
+        if count > theirs[stack]:
+            return f"{count} layers in {stack}, {theirs[stack]} in {donor.reference}"
+    return None
+
+
 def own_heads(donor: Source, source: Source) -> list[str]:
     """Return the tensors of a source that the donor ties to another, and the source does not."""
     return [name for name in donor.ties if name in source and name not in source.ties]

@@ -8,7 +8,7 @@ from typing import Any
 from mergekit_ft.contract import Adjustment, Base, Operator
 from mergekit_ft.layers import Place, places
 from mergekit_ft.plan import Plan, Reading
-from mergekit_ft.resolution.conservation import conserved, own_heads
+from mergekit_ft.resolution.conservation import conserved, deeper, own_heads
 from mergekit_ft.resolution.found import Resolution
 from mergekit_ft.resolution.leftovers import named, notes, unused
 from mergekit_ft.resolution.opening import Opened, named_models
@@ -144,6 +144,9 @@ class Resolver:
                     "have all tensors of the base (of the first model where there is no base)",
                     kind="source",
                 )
+            if (depth := deeper(self.donor, source, self.places)) is not None:
+                message = f"{model} has {depth}; models of one depth merge, others by `slices:`"
+                self.reading.add(path, message, kind="source")
             for name in own_heads(self.donor, source):
                 self.reading.add(
                     path,
