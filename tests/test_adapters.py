@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from mergekit_ft.sources import Source, adapted, open_adapter, open_source
 from tests.checkpoints import tiny_bert, tiny_gpt2, tiny_llama
 
-Tiny = Callable[..., Path]
+pytestmark = pytest.mark.filterwarnings("ignore")  # of peft, on what it saves
 LAYERS = ["q_proj", "down_proj"]
 
 

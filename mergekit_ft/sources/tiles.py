@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -38,8 +39,10 @@ class ComputedReader:
     def __init__(self, behind: Reader, recipes: Mapping[str, Recipe]) -> None:
         self._behind = behind
         self._recipes = dict(recipes)
+        self._last = Recent()  # the last tile: reads go on where others ended, or row by row
+        tile = max((8 * tile_size(recipe.stored) for recipe in self._recipes.values()), default=0)
         own = max((recipe.overhead for recipe in self._recipes.values()), default=0)
-        self.overhead = own + behind.overhead
+        self.overhead = tile + own + behind.overhead
 
     def read_into(self, info: TensorInfo, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of a tensor from `start` on."""
@@ -48,7 +51,7 @@ class ComputedReader:
             self._behind.read_into(info, start, into)
         elif len(into):
             with one_thread():
-                _fill(recipe, info, start, torch.frombuffer(into, dtype=torch.uint8))
+                self._fill(recipe, info, start, torch.frombuffer(into, dtype=torch.uint8))
 
     def will_need(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Say that these bytes of a tensor will be read soon."""
@@ -65,20 +68,25 @@ class ComputedReader:
         for recipe in self._recipes.values():
             recipe.close()
             recipe.reader.close()
+        self._last.clear()
         self._behind.close()
 
+    def _fill(self, recipe: Recipe, info: TensorInfo, start: int, out: Tensor) -> None:
+        row = columns(info) * SIZE[info.dtype]  # bytes
+        step = tile_rows(info)
+        done, total = 0, out.numel()
+        while done < total:
+            first = (start + done) // row // step * step
+            made = self._last.of((info.name, first), partial(_tile, recipe, info, first))
+            part = made[start + done - first * row :][: total - done]
+            out[done : done + part.numel()].copy_(part)
+            done += part.numel()
 
-def _fill(recipe: Recipe, info: TensorInfo, start: int, out: Tensor) -> None:
-    row = columns(info) * SIZE[info.dtype]  # bytes
-    step = tile_rows(info)
-    done, total = 0, out.numel()
-    while done < total:
-        first = (start + done) // row // step * step
-        stop = min(first + step, info.numel // columns(info))
-        made = recipe.rows(first, stop).contiguous().flatten().view(torch.uint8)
-        part = made[start + done - first * row :][: total - done]
-        out[done : done + part.numel()].copy_(part)
-        done += part.numel()
+
+def _tile(recipe: Recipe, info: TensorInfo, first: int) -> Tensor:
+    """Return the bytes of the tile that begins at a row."""
+    stop = min(first + tile_rows(info), info.numel // columns(info))
+    return recipe.rows(first, stop).contiguous().flatten().view(torch.uint8)
 
 
 def columns(info: TensorInfo) -> int:
@@ -108,9 +116,9 @@ class Recent(threading.local):
     """What a thread made last, so that it is not made for every tile."""
 
     def __init__(self) -> None:
-        self._made: tuple[str, object] | None = None
+        self._made: tuple[Hashable, object] | None = None
 
-    def of(self, name: str, make: Callable[[], Made]) -> Made:
+    def of(self, name: Hashable, make: Callable[[], Made]) -> Made:
         """Return what was made under this name, else make it."""
         if self._made is None or self._made[0] != name:
             self._made = None  # let go before more is taken
