@@ -1,0 +1,81 @@
+"""Models as vectors: their dot products from one pass, and sums of them with k weights.
+
+Whatever stays in the span of k vectors can be worked out in k x k float64 numbers, however long
+the vectors are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergekit_ft.algebra.cells import by_cell, exact, totals
+from mergekit_ft.algebra.deltas import subtract_base, subtract_weighted, weighted_sum
+from mergekit_ft.contract import Block, Measure
+
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+ONE = 1e-12  # weights whose sum is as near to 1 as this add up to 1
+
+
+def pairs(k: int) -> list[tuple[int, int]]:
+    """Return the pairs (i, j) of k models with i <= j, in order."""
+    return [(i, j) for i in range(k) for j in range(i, k)]
+
+
+def vectors(block: Block) -> Tensor:
+    """Return (k, n) deltas where there is a base, else values, in the memory of the tuned."""
+    return subtract_base(block.tuned, block.base) if block.base.numel() else block.tuned
+
+
+def measure() -> Measure:
+    """Measure the dot products of all pairs of vectors."""
+    return Measure(_products, cells=True)
+
+
+def matrix(rows: Tensor, k: int) -> Matrix:
+    """Return the (k, k) Gram matrix from the rows of `measure`."""
+    found = np.empty((k, k))
+    for (i, j), total in zip(pairs(k), totals(rows), strict=True):
+        found[i, j] = found[j, i] = total
+    return found
+
+
+def norm(coefficients: Matrix, gram: Matrix) -> float:
+    """Return the norm of a sum of vectors with these coefficients."""
+    square = float((coefficients * (gram * coefficients).sum(1)).sum())
+    return math.sqrt(max(0.0, square))
+
+
+def combine(rows: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return (n,) the sum of weights[i] * rows[i], in the memory of the first row.
+
+    Where the weights add up to 1, equal rows come out bit for bit.
+    """
+    if abs(math.fsum(weights) - 1.0) > ONE:
+        return weighted_sum(rows, weights)
+    first, others = rows[0], rows[1:]
+    return subtract_weighted(first, torch.sub(first, others, out=others), weights[1:])
+
+
+def row_products(rows: Sequence[Tensor]) -> Tensor:
+    """Return (pairs, m) float64: the dot products along the last axis of k times (m, length)."""
+    doubles = [exact(row) for row in rows]
+    return torch.stack([(doubles[i] * doubles[j]).sum(-1) for i, j in pairs(len(doubles))])
+
+
+def _products(block: Block) -> Tensor:
+    """Return (cells, pairs): the dot products of every cell."""
+
+    def reduce(cell: slice) -> list[Tensor]:
+        rows = [exact(row[cell]) for row in block.tuned]
+        if block.base.numel():
+            base = exact(block.base[cell])
+            rows = [row - base for row in rows]
+        return [(rows[i] * rows[j]).sum() for i, j in pairs(len(rows))]
+
+    return by_cell(block.n, reduce, block.cell)

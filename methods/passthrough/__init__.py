@@ -1,0 +1,5 @@
+"""Passthrough: one model as it is, or scaled."""
+
+from mergekit_ft.methods.passthrough.passthrough import Passthrough
+
+__all__ = ["Passthrough"]
