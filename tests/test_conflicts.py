@@ -12,6 +12,7 @@ import torch
 from tests.checkpoints import write_checkpoint
 from tests.small_models import CONFIG, arithmetic, cli, merged, no_reading, weights
 from tests.small_models import write_models as write
+from tests.vocabularies import words, write_model
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -98,3 +99,10 @@ def test_the_same_plan_gives_the_same_config_whatever_the_hash_seed() -> None:
     plan += "".join(f"- {{model: ./{m}, parameters: {{weight: 1}}}}\n" for m in ("maths", "chat"))
     merged(plan)
     assert json.loads(Path("out/config.json").read_text())["rope_theta"] == 1e6
+
+
+def test_tokens_at_other_ids_are_told_and_an_error_under_strict() -> None:
+    for seed, name in enumerate(("base", "maths")):
+        write_model(Path(name), seed, words("x", *(("cat", "dog") if seed else ("dog", "cat"))))
+    assert "2 tokens ('dog', 'cat') of ./base not at the same id" in merged(PLAN).stdout
+    assert "rows are merged by number" in strictly("check")[0]

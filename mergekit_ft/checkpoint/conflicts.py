@@ -33,6 +33,7 @@ def _within(resolution: Resolution) -> list[str]:
     others = [source for source in resolution.sources if source is not donor]
     found = [line for other in others for line in config.differences(donor, other)]
     found += [line for other in others for line in _special_tokens(donor, other)]
+    found += [line for other in others for line in other.around.conflicts]
     return [*found, *_beyond_the_vocabulary(donor)]
 
 

@@ -22,12 +22,13 @@ def derived(
     edits: Mapping[str, Any] | None = None,
     origins: Iterable[Source] | None = None,
     notes: Iterable[str] = (),
+    conflicts: Iterable[str] = (),
 ) -> Source:
     """Return a source of other tensors; each lies, in name, in the file that its info says.
 
     `inputs` are more files on disk that the bytes come from; `edits` are of its config.json;
     `origins` are the sources to name in its place where what was read is told; `notes` say what a
-    user should know of how the tensors are read.
+    user should know of how the tensors are read, `conflicts` in what it differs from the donor.
     """
     by_file: dict[str, list[TensorInfo]] = {file.name: [] for file in source.files}
     for info in tensors:
@@ -43,6 +44,7 @@ def derived(
         config=with_edits(source.config, edits or {}),
         edits={**source.edits, **(edits or {})},
         notes=(*source.notes, *notes),
+        conflicts=(*source.around.conflicts, *conflicts),
     )
     made = Source(
         source.reference if reference is None else reference,

@@ -31,6 +31,7 @@ class Around:
     edits: Mapping[str, Any] = field(default_factory=dict)  # of config.json, where it no longer
     # holds: values by dotted key, None to leave a key out
     notes: tuple[str, ...] = ()  # what a user should know of how its tensors are read
+    conflicts: tuple[str, ...] = ()  # in what it differs from the donor, besides its config
     replaced: Mapping[str, Path | bytes | None] = field(default_factory=dict)  # side files that
     # others stand for: a file to copy, content, or None for nothing
     tokens: Mapping[str, Any] = field(default_factory=dict)  # what became of its vocabulary

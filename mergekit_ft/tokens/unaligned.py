@@ -16,7 +16,7 @@ Key = TypeVar("Key")
 
 
 def check_unaligned(reading: Reading, opened: Mapping[Key, Source]) -> dict[Key, Source]:
-    """Report a donor with tokens beyond its rows; return models of other tokens with a note."""
+    """Report a donor with tokens beyond its rows; return models of other tokens, which say so."""
     key, donor = next(iter(opened.items()))
     mine = _vocabulary(donor)
     if mine is None:
@@ -25,7 +25,7 @@ def check_unaligned(reading: Reading, opened: Mapping[Key, Source]) -> dict[Key,
     found = {}
     for other_key, other in opened.items():
         if other_key != key and (note := _difference(donor, mine, other)) is not None:
-            found[other_key] = derived(other, other.values(), other.reader, notes=[note])
+            found[other_key] = derived(other, other.values(), other.reader, conflicts=[note])
     return found
 
 
