@@ -107,6 +107,7 @@ def test_a_true_fault_is_told_and_no_plan_is_written() -> None:
     done = cli("migrate", "old.yml", "-o", "new.yml")
     assert done.exit_code == 3
     assert done.stderr.splitlines()[-1].startswith("old.yml:2:15: unknown method 'teis'")
+    assert "nothing in it" not in cli("migrate", "-", text="- 1\n- 2\n").stderr
     assert "old.yml:4:1: unknown key 'normalize'" in done.stderr
     assert not Path("new.yml").exists()
 

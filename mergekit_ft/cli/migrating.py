@@ -32,7 +32,8 @@ def migrate(
     if as_json:
         printing.json_of(room.as_json(found))
     else:
-        click.echo("\n".join(room.lines(found)), err=True)
+        for line in room.lines(found):
+            click.echo(line, err=True)
     if found.faults:
         raise PlanError(found.faults)
     if output is not None:

@@ -46,7 +46,9 @@ def migrate(plan: str | os.PathLike[str], *, block: int | None = None, **opening
     notes = [f"filters were not looked up, for {why}" for why in unopened]
     result, kept = _stripped(text, removed, opening)
     if not kept:
-        notes.append("comments are lost: words that go stand in an anchor that others need")
+        notes.append(
+            "comments are lost: what goes stands in an anchor that others need, or the like"
+        )
     stages = [*reading.stages.values(), reading]
     told = [item for stage in stages if stage.plan is not None for item in _differences(stage.plan)]
     differences = list(dict.fromkeys(told))
@@ -136,7 +138,7 @@ def lines(found: Migration) -> Iterator[str]:
     if found.removed:
         yield "without effect in mergekit 0.1.5, so not in the strict plan:"
         yield from (f"  {fault}" for fault in found.removed)
-    else:
+    elif not found.faults:
         yield "nothing in it is without effect in mergekit 0.1.5"
     if found.differences:
         yield "what differs here:"
