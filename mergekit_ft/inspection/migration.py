@@ -47,7 +47,7 @@ def migrate(plan: str | os.PathLike[str], *, block: int | None = None, **opening
     result, kept = _stripped(text, removed, opening)
     if not kept:
         notes.append(
-            "comments are lost: what goes stands in an anchor that others need, or the like"
+            "comments are lost: what goes stands in an anchor that others need"
         )
     stages = [*reading.stages.values(), reading]
     told = [item for stage in stages if stage.plan is not None for item in _differences(stage.plan)]
