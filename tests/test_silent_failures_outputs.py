@@ -49,6 +49,18 @@ def test_the_first_model_gives_config_and_bytes_whatever_the_hash_seed() -> None
     assert hashes("out1/same") == hashes("out2/same")
 
 
+@pytest.mark.parametrize("tied", ["maths", "chat"])
+def test_a_head_that_only_one_model_ties_is_refused_or_told(tied: str) -> None:
+    Path(tied, "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
+    text = three("linear", "weight: 0.5").replace("base_model: ./base\n", "")
+    if tied == "maths":  # the donor: its head is its embedding, so another's would be lost
+        refused(4, "./chat has a lm_head.weight of its own, which ./maths ties", text)
+        return
+    said = "tie_word_embeddings: false in ./maths, true in ./chat"
+    assert said in merged(text).stdout
+    assert "lm_head.weight" in tensors()
+
+
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_random_dropping_is_the_same_in_every_run_without_a_seed(method: str) -> None:
     for out in ("a", "b"):

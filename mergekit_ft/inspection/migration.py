@@ -46,9 +46,7 @@ def migrate(plan: str | os.PathLike[str], *, block: int | None = None, **opening
     notes = [f"filters were not looked up, for {why}" for why in unopened]
     result, kept = _stripped(text, removed, opening)
     if not kept:
-        notes.append(
-            "comments are lost: what goes stands in an anchor that others need"
-        )
+        notes.append("comments are lost: what goes stands in an anchor that others need")
     stages = [*reading.stages.values(), reading]
     told = [item for stage in stages if stage.plan is not None for item in _differences(stage.plan)]
     differences = list(dict.fromkeys(told))
