@@ -190,6 +190,16 @@ def test_ctrl_c_names_resume_and_ends_in_130(monkeypatch: pytest.MonkeyPatch) ->
     assert "--resume" in done.stderr.strip().splitlines()[-1]
 
 
+SLOWED = """
+import time
+from mergekit_ft.writer import Writer
+write = Writer.write
+Writer.write = lambda *given: (time.sleep(0.1), write(*given))[1]
+from mergekit_ft.cli import main
+main(["merge", "plan.yaml", "out"])
+"""
+
+
 def test_an_interrupted_merge_leaves_no_output_and_resumes_to_the_same_bytes(home: Path) -> None:
     for seed, name in enumerate(("base", "one")):
         made = torch.Generator().manual_seed(seed)
@@ -199,7 +209,7 @@ def test_an_interrupted_merge_leaves_no_output_and_resumes_to_the_same_bytes(hom
         write_checkpoint(home / name, tensors)
     plan = PLAN.replace("task_arithmetic", "ties") + "parameters: {density: 0.3}\n"
     (home / "plan.yaml").write_text(plan)
-    command = [sys.executable, "-m", "mergekit_ft", "merge", "plan.yaml", "out"]
+    command = [sys.executable, "-c", SLOWED]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
