@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 import mergekit_ft
+from mergekit_ft.contract import CELL, Block, Grain, Operator
+from mergekit_ft.stages import StageReader, source_of
 from tests.checkpoints import write_checkpoint
 from tests.small_models import (
     CONFIG,
@@ -256,3 +259,44 @@ def test_a_stage_hands_its_tokenizer_on() -> None:
     for file in ("tokenizer.json", "config.json", "tokenizer_config.json"):
         assert Path("out", file).read_bytes() == Path("second-on-disk", file).read_bytes()
     assert cli("verify", "out", "--full").exit_code == 0
+
+
+class Difference(Operator):
+    """The first model less the base, over whole tensors; it counts what it is given."""
+
+    grain: ClassVar[Grain] = Grain.TENSOR
+    seen: ClassVar[list[str]] = []
+
+    def merge(self, block: Block, finding: Any) -> Tensor:
+        self.seen.append(block.name)
+        return block.tuned[0].sub_(block.base)
+
+
+def test_a_tensor_that_is_needed_whole_is_made_once_for_reads_in_order() -> None:
+    with mergekit_ft.open_plan(ties("first")) as found:
+        resolution = found.resolution
+        resolution.tasks = [replace(t, operator=Difference(), copy=None) for t in resolution.tasks]
+        reader = StageReader(resolution)
+        info = next(i for i in reader.infos() if i.name == "model.embed_tokens.weight")
+        made = bytearray(info.nbytes)
+        for start in range(0, info.nbytes, 36):
+            reader.read_into(info, start, memoryview(made)[start : start + 36])
+        assert Difference.seen == [info.name]
+        assert reader.overhead > 2 * info.nbytes
+    given = torch.frombuffer(made, dtype=torch.float32).view(info.shape)
+    torch.testing.assert_close(given, weights(1)[info.name])
+
+
+def test_any_range_of_bytes_is_what_the_whole_tensor_has() -> None:
+    for seed, name in enumerate(("base", "maths", "chat")):
+        torch.manual_seed(seed)
+        write_checkpoint(Path(name), {"w": torch.randn(3, CELL - 5)}, config=CONFIG)
+    with mergekit_ft.open_plan(ties("first")) as found:
+        wanted = found["w"].numpy().tobytes()
+        source = source_of("first", found.resolution)
+        for start in (0, 1, 4 * CELL - 3, 4 * CELL, 8 * CELL + 2, len(wanted) - 1):
+            for length in (0, 1, 7, 4 * CELL, 5 * CELL):
+                stop = min(start + length, len(wanted))
+                into = bytearray(stop - start)
+                source.read_into("w", start, memoryview(into))
+                assert bytes(into) == wanted[start:stop]
