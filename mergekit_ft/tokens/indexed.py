@@ -14,13 +14,14 @@ from mergekit_ft.sources.dtypes import FLOATING
 from mergekit_ft.sources.ties import TEXT_CONFIGS
 
 _WORDS = re.compile(  # modules with a row for each token
-    r"(?:.*_)?embed_tokens(?:_per_layer)?|tok_embeddings|(?:word|token|tokens|input|text)_embeddings?|wte|shared"
-    r"|embed_in|embed_out|embedding|embeddings|tokens_embed|w|lm_head|output|output_layer|proj_out"
-    r"|predictions|final_logits_bias|vocab_projector|output_projection|head|generator_lm_head|decoder"
+    r"(?:.*_)?embed_tokens(?:_per_layer)?|tok_embeddings|wte|shared|embed_in|embed_out|embeddings?"
+    r"|(?:word|token|tokens|input|text)_embeddings?|tokens_embed|w|(?:generator_)?lm_head|head"
+    r"|output|output_layer|output_projection|proj_out|predictions|decoder|final_logits_bias"
+    r"|vocab_projector"
 )
 _OTHERS = re.compile(  # modules near them that have none
-    r".*(?:position|pos_|_pos|token_type|segment|patch|layer_?norm|transform|dense|rotary|class_embed"
-    r"|time_|image|vision|visual|audio).*|norm|ln\w*|wpe|layers|.*norm",
+    r".*(?:position|pos_|_pos|token_type|segment|patch|layer_?norm|transform(?!er)|dense|rotary"
+    r"|class_embed|time_|image|vision|visual|audio).*|.*norm|ln\w*|wpe",
     re.IGNORECASE,
 )
 _LAYERED = re.compile(r".*per_layer.*")  # a row for each token, of a vocabulary that may be another
@@ -33,9 +34,7 @@ def may_be_indexed(name: str) -> bool:
     if segments[-1] not in ("weight", "bias") and len(segments) > 1:
         parts = segments
     leaf = parts[-1]
-    near = any(
-        _OTHERS.fullmatch(part) for part in parts if not part.isdecimal() and part != "layers"
-    )
+    near = any(map(_OTHERS.fullmatch, parts))
     return not near and _WORDS.fullmatch(leaf) is not None
 
 

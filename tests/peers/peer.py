@@ -42,6 +42,13 @@ class Peer:
 
     def merge(self, plan: Plan, **options: Any) -> dict[str, Tensor]:
         """Return the tensors of the merged checkpoint."""
+        out = self.write(plan, **options)
+        merged = tensors_of(out)
+        shutil.rmtree(out)
+        return merged
+
+    def write(self, plan: Plan, **options: Any) -> Path:
+        """Return the folder of the merged checkpoint."""
         self.count += 1
         out = self.folder / f"merge-{self.count}"
         request = {"plan": text_of(plan), "out": str(out), "options": options}
@@ -49,9 +56,7 @@ class Peer:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         self._answer()
-        merged = tensors_of(out)
-        shutil.rmtree(out)
-        return merged
+        return out
 
     def close(self) -> None:
         """End the process."""
