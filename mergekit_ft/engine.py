@@ -190,6 +190,7 @@ def _identity(resolution: Resolution, options: Options) -> str:
         "plan": resolution.plan.text,
         "options": options.kept(),
         "sources": [[s.reference, s.revision, s.fingerprint()] for s in resolution.sources],
+        "tokenizer": dict(resolution.donor.around.tokens),
         "tasks": [[task.name, task.dtype, str(task.operator)] for task in resolution.tasks],
     }
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()

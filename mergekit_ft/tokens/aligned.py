@@ -26,7 +26,7 @@ from mergekit_ft.tokens.vocabulary import CONFIGS, GENERATION, settings
 EFFECT = {  # of ordinary tokens that join, by the kind of tokenizer
     "BPE": "without merges, so they are read back but text becomes none of them",
     "Unigram": "less likely than all others, so text becomes them only where it could not be read",
-    "WordPiece": "and text is cut by the longest match, so it may be cut otherwise than before",
+    "WordPiece": "where text is cut by the longest match, so it may be cut otherwise than before",
 }
 
 
@@ -149,7 +149,7 @@ class Aligned:
         if ordinary:
             effect = EFFECT.get(core.kind, "and text may become them")
             number = f"{len(ordinary):,} ordinary " + ("tokens" if len(ordinary) > 1 else "token")
-            yield f"tokenizer: {number} among them, in its {core.kind} model {effect}"
+            yield f"tokenizer: {number} among them, in its {core.kind} model, {effect}"
         if added:
             yield f"tokenizer: {named(list(added))} among them, found in text as a whole"
         if stale := stale_files(self.target):

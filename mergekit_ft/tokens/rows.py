@@ -12,7 +12,7 @@ import numpy as np
 
 from mergekit_ft.sources import Source, TensorInfo
 from mergekit_ft.sources.dtypes import SIZE
-from mergekit_ft.tokens.alignment import FILLER, MEAN, ZEROS, Alignment, Part
+from mergekit_ft.tokens.alignment import MEAN, ZEROS, Alignment, Part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,6 +177,3 @@ def _put(values: Tensor, info: TensorInfo, into: memoryview) -> None:
 
     out = torch.frombuffer(into, dtype=TORCH[info.dtype])
     out.copy_(values)
-
-
-__all__ = ["FILLER", "AlignedReader", "runs_of"]

@@ -28,6 +28,7 @@ FILES = re.compile(
     rf"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|chat_template\.(jinja|json)"
     rf"|additional_chat_templates/.*|{STALE.pattern}"
 )
+MOST = 1 << 24  # ids: more than any vocabulary has
 GENERATION = "generation_config.json"
 CONFIGS = ("config.json", GENERATION)
 ADDED: Json = {  # an added token of which nothing is said
@@ -103,8 +104,11 @@ def read_vocabulary(files: Files, reference: str) -> Vocabulary | None:
             f"{where} is not one of the tokenizers library ({type(error).__name__}: {error}): "
             "save it again"
         ) from None
+    for token, number in known.items():
+        if not 0 <= number < MOST:
+            raise SourceError(f"{where}: id {number} for {token!r} is the row of no embedding")
     if len(set(known.values())) < len(known):
-        _raise_twice(made)
+        _raise_twice(made, where)
     return made
 
 
@@ -144,13 +148,12 @@ def text_of(files: Files, name: str) -> str:
     return _bytes(files[name]).decode("utf-8")
 
 
-def _raise_twice(made: Vocabulary) -> None:
+def _raise_twice(made: Vocabulary, where: str) -> None:
     seen: dict[int, str] = {}
     for token, number in made.ids.items():
         if (other := seen.setdefault(number, token)) != token:
             raise SourceError(
-                f"{made.reference}: its tokenizer gives id {number} to {other!r} and to {token!r}; "
-                "mend it, and save it again"
+                f"{where} gives id {number} to {other!r} and to {token!r}; mend it and save it"
             )
 
 
