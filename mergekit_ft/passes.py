@@ -176,10 +176,10 @@ class Passes:
         self.crew.run(self._merge(task, sink) for task in self.tasks if not done(task))
 
     def _merge(self, task: Task, sink: Sink) -> Job:
-        changed = [False]
         finding = None
         mine = (ref for ref in task.tuned if ref.source is self.base)
         base = task.base or next(mine, None)
+        changed = [base is not None and _reshaped(base)]
         if task.copy is None:
             finding = yield from self._finding(task)
 
@@ -294,6 +294,12 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
         return False
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.view(bits), other.view(bits))
+
+
+def _reshaped(base: Ref) -> bool:
+    """Say whether a tensor of the base had another shape on disk: it has rows for other tokens."""
+    stored = base.source.on_disk.get(base.name)
+    return stored is not None and stored.shape != base.info.shape
 
 
 def _differs(station: Station, task: Task, base: Ref | None, span: Span, out: Tensor) -> bool:

@@ -467,3 +467,51 @@ def test_a_union_cuts_text_as_the_base_does(kind: str) -> None:
     before, after = (Tokenizer.from_file(f"{name}/tokenizer.json") for name in ("a", "out"))
     for text in ("the lazy dog jumps over the brown fox", "again and again"):
         assert before.encode(text).ids == after.encode(text).ids
+
+
+def test_a_vocabulary_that_grows_is_a_change(tmp_path: Path) -> None:
+    two()
+    merged(linear(1.0, 0.0, more="tokenizer_source: union\n"))
+    table = tensors()[EMBEDDING]
+    assert torch.equal(table[:4], embedding(1, 4))
+    assert torch.equal(by_token()["emu"], row(2, 2))
+    receipt = json.loads(Path("out/mergekit_ft.lock.json").read_text())
+    assert [name for name, changed in receipt["changed"].items() if changed] == [HEAD, EMBEDDING]
+
+
+def test_a_resumed_run_takes_no_journal_of_another_tokenizer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mergekit_ft.engine import Passes
+
+    two()
+    plan = linear(0.5, 0.5, more="tokenizer_source: union\n")
+
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Passes, "merge", stop)
+        assert cli("merge", "-", "out", text=plan).exit_code == 130
+    merged(plan, "out", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(Passes, "merge", stop)
+        assert cli("merge", "-", "other", text=plan).exit_code == 130
+    shutil.copy("a/tokenizer.json", "b/tokenizer.json")
+    said = cli("merge", "-", "other", "--resume", text=plan)
+    assert said.exit_code != 0, said.output
+
+
+def test_an_adapter_on_a_model_is_aligned_like_the_model() -> None:
+    two()
+    (Path("lora")).mkdir()
+    from safetensors.torch import save_file
+
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    parts = {f"{prefix}A": torch.ones(1, 6), f"{prefix}B": torch.full((4, 1), 2.0)}
+    save_file(parts, "lora/adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["embed_tokens"]}
+    Path("lora/adapter_config.json").write_text(json.dumps(said))
+    plan = linear(0.5, 0.5, more="tokenizer_source: base\n").replace("./b", "./b+./lora")
+    merged(plan)
+    assert torch.equal(by_token()["dog"], 0.5 * row(1, 2) + 0.5 * (row(2, 1) + 2))

@@ -14,6 +14,7 @@ from mergekit_ft.errors import Fault, MergekitError, PlanError
 from mergekit_ft.plan import Plan, Reading
 from mergekit_ft.plan.pruning import embedded, stripped
 from mergekit_ft.plan.reader import load, read_text
+from mergekit_ft.plan.tokenizers import vocabulary_words
 from mergekit_ft.stages import resolve
 
 ROUNDS = 5  # what goes may leave something else without effect
@@ -112,6 +113,12 @@ def _differences(plan: Plan) -> Iterator[str]:
         yield (
             "without `dtype:` each tensor is stored as in the base (without one: the first "
             "model); mergekit stores the widest dtype of its inputs"
+        )
+    if vocabulary_words(plan)[0] is not None:
+        yield (
+            "tokenizer: every token's row is the same; here new ids are the same in every run, "
+            "rows without a token stay unless pad_to_multiple_of is given, and ordinary tokens of "
+            "other models do not become added ones, so that text is cut as by the base"
         )
     yield "tensors that mergekit has no place for come out as in the base; it leaves them out"
     for method in dict.fromkeys([plan.merge_method, *(step.method for step in plan.then)]):

@@ -10,7 +10,13 @@ from mergekit_ft.plan import Reading
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.derived import derived
 from mergekit_ft.tokens.indexed import rows_of
-from mergekit_ft.tokens.vocabulary import TOKENIZER, Vocabulary, files_of, read_vocabulary
+from mergekit_ft.tokens.vocabulary import (
+    TOKENIZER,
+    Vocabulary,
+    digest_of,
+    files_of,
+    read_vocabulary,
+)
 
 Key = TypeVar("Key")
 
@@ -56,8 +62,10 @@ def _require_rows(reading: Reading, donor: Source, mine: Vocabulary) -> None:
 
 
 def _difference(donor: Source, mine: Vocabulary, other: Source) -> str | None:
+    if digest_of(files_of(other)) == mine.digest:
+        return None
     theirs = _vocabulary(other)
-    if theirs is None or theirs.digest == mine.digest or theirs.ids == mine.ids:
+    if theirs is None or theirs.ids == mine.ids:
         return None
     apart = list(_apart(mine, theirs))
     return (

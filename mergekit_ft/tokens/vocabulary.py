@@ -138,6 +138,14 @@ def files_in(folder: Path | None) -> Files:
     }
 
 
+def digest_of(files: Files) -> str | None:
+    """Return the SHA-256 of tokenizer.json, None where there is none to be read."""
+    try:
+        return hashlib.sha256(_bytes(files[TOKENIZER])).hexdigest() if TOKENIZER in files else None
+    except SourceError:
+        return None
+
+
 def settings(files: Files, name: str = SETTINGS) -> Json:
     """Return a small JSON file, {} where there is none."""
     return _object(_bytes(files[name]), str(files[name])) if name in files else {}
