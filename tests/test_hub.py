@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 from mergekit_ft.errors import SourceError
 from mergekit_ft.sources import Source, adapted, open_adapter, open_source
+from mergekit_ft.tokens.vocabulary import files_of, read_vocabulary
 from tests.checkpoints import write_checkpoint
 from tests.hub_double import Double, serve
+from tests.vocabularies import words
 
 REPO = "some-org/some.model"
 CONFIG = {"model_type": "llama", "tie_word_embeddings": True}
@@ -124,6 +126,16 @@ def test_headers_only_asks_for_no_byte_of_weights(hub: Double, folder: Path) -> 
     assert source.side_files() == whole.side_files()
     assert source.folder is not None
     assert (source.folder / "tokenizer.json").is_file()
+
+
+def test_headers_only_brings_the_tokenizer_that_rows_are_aligned_by(
+    hub: Double, folder: Path
+) -> None:
+    words("x", "cat", added=["<s>"]).save(str(folder / "tokenizer.json"))
+    hub.add(REPO, folder)
+    found = read_vocabulary(files_of(opened(hub, headers_only=True)), REPO)
+    assert found is not None
+    assert found.ids == {"x": 0, "cat": 1, "<s>": 2}
 
 
 def test_headers_only_cannot_be_read_further(hub: Double, folder: Path) -> None:

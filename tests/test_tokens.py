@@ -515,3 +515,33 @@ def test_an_adapter_on_a_model_is_aligned_like_the_model() -> None:
     plan = linear(0.5, 0.5, more="tokenizer_source: base\n").replace("./b", "./b+./lora")
     merged(plan)
     assert torch.equal(by_token()["dog"], 0.5 * row(1, 2) + 0.5 * (row(2, 1) + 2))
+
+
+@pytest.mark.parametrize("build", ["tiny_bert", "tiny_t5", "tiny_gpt2", "tiny_qwen2"])
+def test_every_tensor_with_rows_for_tokens_is_aligned_in_other_architectures(build: str) -> None:
+    import transformers
+
+    from tests import checkpoints
+
+    for number, name in enumerate(("a", "b")):
+        tokenizer = trained("BPE", number, 60 + 13 * number)
+        size = tokenizer.get_vocab_size()
+        getattr(checkpoints, build)(Path(name), seed=number, vocab_size=size, layers=1)
+        tokenizer.save(f"{name}/tokenizer.json")
+    merged(linear(0.5, 0.5, more="tokenizer_source: union\n"))
+    one, other, out = (tensors(name) for name in ("a", "b", "out"))
+    mine, theirs, new = (ids(name) for name in ("a", "b", "out"))
+    checked = [name for name in out if out[name].shape != one[name].shape]
+    assert checked
+    for name in checked:
+        for token, number in new.items():
+            left = one[name][mine.get(token, 0)] if token in mine else other[name][theirs[token]]
+            right = other[name][theirs.get(token, 0)] if token in theirs else left
+            torch.testing.assert_close(out[name][number], 0.5 * left + 0.5 * right)
+    config = transformers.AutoConfig.from_pretrained("out")
+    assert config.vocab_size == len(new)
+    model, info = getattr(transformers, config.architectures[0]).from_pretrained(
+        "out", output_loading_info=True
+    )
+    assert not info["mismatched_keys"]
+    assert model.get_input_embeddings().weight.shape[0] == len(new)

@@ -175,6 +175,6 @@ class Aligned:
             "source": {"reference": core.reference, "tokenizer": core.digest},
             "tokens": len(self.target.ids),
             "rows": self.rows,
-            "joined": self.target.new,
+            "joined": len(self.target.new),
             "models": models,
         }
