@@ -211,11 +211,13 @@ def _refuse_sources_as_out(resolution: Resolution, out: Path) -> None:
 
 
 def _require_change(resolution: Resolution, writer: Writer, options: Options) -> None:
+    if resolution.stack is not None and resolution.stack.moves:
+        return  # layers in other places are change enough
     if resolution.merged and not any(writer.changed.values()) and not options.allow_unchanged:
-        assert resolution.base is not None
+        same = resolution.base or resolution.donor
         raise OperatorError(
-            f"nothing changed: every tensor equals {resolution.base.reference}; check the weights "
-            "and that the models differ from their base, or give --allow-unchanged"
+            f"nothing changed: every tensor equals {same.reference}; check the weights and "
+            "that the models differ from their base, or give --allow-unchanged"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,7 @@ class Place:
 
 _LAYER = re.compile(r"(?:^|\.)([0-9]+)\.")  # the first such segment: T5's block, not its sub-layer
 
+_BESIDE = re.compile(r"(?:^|[._])(?:mtp|nextn|medusa|eagle)")
 _HEAD = re.compile(
     r"lm_head|embed_out|score|classifier|pre_classifier|classification_head|qa_outputs|cls"
     r"|heads?|v_head|value_head|output_layer|proj_out|predictions|final_logits_bias"
@@ -48,9 +49,31 @@ def places(names: Iterable[str]) -> dict[str, Place]:
         if at is not None:
             counts[at[0]] = max(counts.get(at[0], 0), at[1] + 1)
     return {
-        name: Place(_role(name)) if at is None else Place("block", *at, counts[at[0]])
+        name: Place(role_of(name)) if at is None else Place("block", *at, counts[at[0]])
         for name, at in found.items()
     }
+
+
+def stacks(found: Mapping[str, Place]) -> dict[str, int]:
+    """Return the stacks that a model is made of, and how many layers each has.
+
+    Numbered parts of a head and layers that predict further tokens are no stacks of the model.
+    """
+    held: dict[str, set[int]] = {}
+    for place in found.values():
+        if place.layer is not None:
+            held.setdefault(place.stack, set()).add(place.layer)
+    return {
+        stack: len(layers)
+        for stack, layers in held.items()
+        if len(layers) == max(layers) + 1 and not _BESIDE.search(stack) and role_of(stack) != "head"
+    }
+
+
+def renumbered(name: str, place: Place, layer: int) -> str:
+    """Return the name that a tensor of a layer has in another layer."""
+    before = f"{place.stack}." if place.stack else ""
+    return f"{before}{layer}{name[len(before) + len(str(place.layer)) :]}"
 
 
 def _stack_and_layer(name: str) -> tuple[str, int] | None:
@@ -58,7 +81,8 @@ def _stack_and_layer(name: str) -> tuple[str, int] | None:
     return (name[: hit.start()], int(hit[1])) if hit else None
 
 
-def _role(name: str) -> Role:
+def role_of(name: str) -> Role:
+    """Return what a tensor is by its name alone, were it outside every stack."""
     segments = name.split(".")
     if any(map(_HEAD.fullmatch, segments)) or segments[-2:-1] == ["output"]:
         return "head"  # first: lm_head.layer_norm, cls.predictions.transform.LayerNorm

@@ -80,10 +80,17 @@ class StageReader(Reader):
     def infos(self) -> list[TensorInfo]:
         """Return what is known of each tensor: computed in one dtype, kept in another."""
         rounded = {task.name: task.dtype for task in self._resolution.tasks}
+        first = self._resolution.donor.files[0].name  # for tensors that the donor has not
         files = {info.name: info.file for info in self._resolution.donor.values()}
         return [
             TensorInfo(
-                name, task.dtype, task.shape, files[name], 0, task.nbytes, stored=rounded[name]
+                name,
+                task.dtype,
+                task.shape,
+                files.get(name, first),
+                0,
+                task.nbytes,
+                stored=rounded[name],
             )
             for name, task in self._tasks.items()
         ]

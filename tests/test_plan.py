@@ -250,7 +250,7 @@ def test_an_empty_mapping_misses_both_keys() -> None:
         ),
         ("normalize: false", "4:1: unknown key 'normalize': it is a parameter and belongs under"),
         ("steps: 2", "4:1: unknown key 'steps': it is a parameter and belongs under `parameters:`"),
-        ("slices: []", "4:1: 'slices' is a key of mergekit plans that is not supported yet"),
+        ("slices: []", "4:1: 'slices' is empty, without effect; remove it"),
         ("text: x", "4:1: unknown key 'text'"),
         ("dtype: bf16", "4:8: 'bf16' is not a dtype of merged weights; did you mean 'bfloat16'?"),
         ("out_dtype: half", "did you mean 'float16'? (valid: float32, float16, bfloat16, float64)"),
@@ -289,7 +289,7 @@ def test_a_faulty_line_is_told_with_its_place_and_the_way_out(line: str, told: s
         ),
         (
             "{model: a, layer_range: [0, 1]}",
-            "3:16: 'layer_range' belongs to `slices:`, which is not",
+            "3:16: 'layer_range' has no effect under models",
         ),
         (
             "{modle: a}",
@@ -485,11 +485,11 @@ def test_the_schema_names_every_method_and_its_parameters() -> None:
 
 def test_the_schema_asks_for_a_base_only_where_the_method_does() -> None:
     needs = {
-        choice["if"]["properties"]["merge_method"]["const"]: choice["then"].get("required", [])
+        choice["if"]["properties"]["merge_method"]["const"]: choice["then"].get("then")
         for choice in schema()["allOf"]
     }
-    assert needs["deltas"] == ["base_model"]
-    assert needs["mean"] == []
+    assert needs["deltas"] == {"required": ["base_model"]}  # where whole models merge
+    assert needs["mean"] is None
 
 
 def test_only_adjustments_stand_under_then_in_the_schema() -> None:

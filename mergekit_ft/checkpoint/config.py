@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ft.checkpoint.json_text import edited
@@ -64,8 +64,8 @@ def config_bytes(resolution: Resolution) -> bytes | None:
     return (_with_dtype(text, wanted) if wanted else text).encode() if text else raw
 
 
-def differences(donor: Source, other: Source) -> list[str]:
-    """Say on which keys that give weights their meaning two configs disagree."""
+def differences(donor: Source, other: Source, besides: Collection[str] = ()) -> list[str]:
+    """Say on which keys that give weights their meaning, some besides, two configs disagree."""
     mine, theirs = map(dict, map(_meaning, _comparable(donor.config, other.config)))
     if donor.config and other.config:  # the default where a config is silent
         mine["tie_word_embeddings"] = tie_word_embeddings(donor.config)
@@ -74,7 +74,7 @@ def differences(donor: Source, other: Source) -> list[str]:
     for key in dict.fromkeys([*mine, *theirs] if mine and theirs else []):
         word = key.rpartition(".")[2]
         usual = USUAL.get(word, mine.get(key, theirs.get(key)))  # silence agrees with what is said
-        if mine.get(key, usual) != theirs.get(key, usual):
+        if word not in besides and mine.get(key, usual) != theirs.get(key, usual):
             found.append(
                 f"{key}: {_said(mine, key)} in {donor.reference}, "
                 f"{_said(theirs, key)} in {other.reference}"

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from mergekit_ft.resolution import Resolution
     from mergekit_ft.sources import Source
 
+BY_LAYER = {  # what a stack says anew, wherever its layers come from
+    *("num_hidden_layers", "n_layer", "num_layers", "max_window_layers"),
+    *("layer_types", "no_rope_layers"),
+}
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the second wins, as when loaded
 
@@ -31,7 +35,8 @@ def conflicts(resolution: Resolution) -> list[str]:
 def _within(resolution: Resolution) -> list[str]:
     donor = resolution.donor
     others = [source for source in resolution.sources if source is not donor]
-    found = [line for other in others for line in config.differences(donor, other)]
+    besides = BY_LAYER if resolution.stack is not None else ()
+    found = [line for other in others for line in config.differences(donor, other, besides)]
     found += [line for other in others for line in _special_tokens(donor, other)]
     found += [line for other in others for line in other.around.conflicts]
     return [*found, *_beyond_the_vocabulary(donor)]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 METADATA = {"format": "pt"}  # what readers expect of a file that says nothing
 SINGLE = "model.safetensors"
+USUAL_SHARD = 5 * 1000**3  # bytes, where the donor's files cannot be kept
 UNITS = {
     "": 1,
     **{letter + "B": 1000**power for power, letter in enumerate("KMGT", 1)},
@@ -40,8 +41,16 @@ def parse_size(text: str) -> int:
 
 
 def out_files(resolution: Resolution, max_shard_size: int | None) -> list[OutFile]:
-    """Return the files of the output: the donor's, or shards of at most so many bytes."""
+    """Return the files of the output: the donor's, or shards of at most so many bytes.
+
+    A stack has other tensors than the donor, so it gets shards as large as the donor's largest.
+    """
     entries = {task.name: Entry(task.name, task.dtype, task.shape) for task in resolution.tasks}
+    if resolution.stack is not None:
+        held = resolution.donor.files
+        whole = OutFile(SINGLE, tuple(entries.values()), held[0].metadata or METADATA)
+        usual = max(USUAL_SHARD, *(sum(info.nbytes for info in file.tensors) for file in held))
+        return _sharded([whole], max_shard_size or usual)
     files = [
         OutFile(
             file.name,

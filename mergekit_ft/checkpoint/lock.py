@@ -45,7 +45,7 @@ def receipt(
         "method": plan.merge_method,
         "then": [step.method for step in plan.then],
         "plan": plan.text,
-        "ids": list(resolution.tasks[0].ids),
+        "ids": list(resolution.ids),
         "options": dict(options),
         "seed": next((s for task in resolution.tasks if (s := _seed(task)) is not None), None),
         "sources": [_source(source, inputs) for source in resolution.leaves],

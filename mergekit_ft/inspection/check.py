@@ -13,6 +13,8 @@ from mergekit_ft.inspection import settings
 from mergekit_ft.inspection.tables import count, size
 from mergekit_ft.plan import read
 from mergekit_ft.resolution import Resolution, Task
+from mergekit_ft.resolution.stack import drawn
+from mergekit_ft.resolution.stack import lines as stack_lines
 from mergekit_ft.stages import resolve
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def report(resolution: Resolution, options: Options) -> Report:
         "method": plan.merge_method,
         "then": [step.method for step in plan.then],
         "sources": [_source(source, resolution) for source in resolution.sources],
+        "slices": list(drawn(resolution.stack)) if resolution.stack is not None else [],
         "stages": {name: _stage(part) for name, part in resolution.stages.items()},
         "tensors": {
             "output": len(tasks),
@@ -189,6 +192,9 @@ def lines(report: Report, resolution: Resolution) -> Iterator[str]:
     yield f"{report['plan']}: {report['method']}{then}"
     for source in report["sources"]:
         yield _source_line(source)
+    if report["slices"]:
+        yield "stack:"
+        yield from stack_lines(report["slices"])
     for name, stage in report["stages"].items():
         then = "".join(f", then {method}" for method in stage["then"])
         yield f"  {name} is made as it is read: {stage['method']}{then}"
@@ -212,7 +218,7 @@ def lines(report: Report, resolution: Resolution) -> Iterator[str]:
     )
     yield from _file_lines(report)
     yield "parameters:"
-    yield from settings.lines(settings.rows(resolution), resolution.tasks[0].ids)
+    yield from settings.lines(settings.rows(resolution), resolution.ids)
     yield from (f"note: {note}" for note in report["notes"])
 
 

@@ -123,6 +123,15 @@ def need(task: Task) -> int:
     return 8 * task.numel * (COPIES + len(task.tuned))
 
 
+def as_merged(resolution: Resolution, receipt: Mapping[str, Any]) -> list[Task]:
+    """Return the tasks under the names that their models had when they were merged."""
+    names = dict(zip(resolution.ids, receipt["ids"], strict=False))
+    return [
+        replace(task, ids=tuple(names.get(model, model) for model in task.ids))
+        for task in resolution.tasks
+    ]
+
+
 def compare(task: Task, stored: Source, receipt: Mapping[str, Any]) -> Comparison:
     """Compare a tensor of the output with what the plan makes."""
     name, wanted = task.name, (task.dtype, task.shape)
@@ -141,7 +150,6 @@ def _expected(task: Task, receipt: Mapping[str, Any]) -> tuple[Tensor, float]:
     """Return the tensor in float64, and the largest magnitude that went into it."""
     operator, findings = task.operator, receipt["findings"]
     assert operator is not None
-    task = replace(task, ids=tuple(receipt["ids"]))
     tuned = [_read(ref) for ref in task.tuned]
     base = _read(task.base) if task.base is not None else torch.zeros_like(tuned[0])
     result = operator.reference(base, tuned, _about(task, findings.get("merge")))

@@ -165,13 +165,12 @@ def _tensors(
     advance: Advance,
 ) -> Report:
     """Compute the sample again and compare it with what is stored."""
-    from mergekit_ft.inspection.recompute import compare, need
+    from mergekit_ft.inspection.recompute import as_merged, compare, need
 
     sample, seed, memory = asked
-    fitting = [task for task in resolution.tasks if need(task) <= memory]
-    skipped = [
-        {"name": task.name, "needs": need(task)} for task in resolution.tasks if need(task) > memory
-    ]
+    tasks = as_merged(resolution, receipt)
+    fitting = [task for task in tasks if need(task) <= memory]
+    skipped = [{"name": task.name, "needs": need(task)} for task in tasks if need(task) > memory]
     chosen = _sampled(fitting, sample, seed)
     found: Report = {"recomputed": len(chosen), "of": len(resolution.tasks), "seed": seed}
     found |= {"skipped": skipped, "memory": memory, "differ": []}

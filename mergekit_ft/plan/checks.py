@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 from mergekit_ft import registry
 from mergekit_ft.errors import PlanError
+from mergekit_ft.plan.entries import InputSlice
 from mergekit_ft.plan.levels import members
+from mergekit_ft.plan.marks import Keys
+from mergekit_ft.plan.parts import Part, parts
 from mergekit_ft.plan.reading import Reading
 from mergekit_ft.plan.references import Key
 
@@ -32,24 +35,53 @@ def method_of(reading: Reading) -> type[Operator] | None:
 
 
 def check_models(reading: Reading, method: type[Operator]) -> None:
-    """Report too few or too many models, and a missing base."""
+    """Report too few or too many models in a part of the plan, and a missing base."""
     from mergekit_ft.contract import Base
 
-    plan = reading.plan
-    assert plan is not None
-    if method.base is Base.REQUIRED and plan.base_model is None:
-        if "base_model" not in reading.torn:
-            message = f"{plan.merge_method} needs `base_model:`, which the others were tuned from"
-            reading.add(("merge_method",), message)
-        return
-    if not any(re.fullmatch(r"models(\[[0-9]+\])?", label) for label in reading.torn):
-        _check_count(reading, method, len(members(plan, method)))
+    assert reading.plan is not None
+    for part in parts(reading.plan):
+        if method.base is Base.REQUIRED and part.base is None:
+            if "base_model" not in reading.torn:
+                message = f"{reading.plan.merge_method} needs `base_model:`, which the others were"
+                reading.add(("merge_method",), f"{message} tuned from")
+        elif part.items and not _is_torn(reading, part.path):
+            _check_count(reading, method, part, len(members(part, method)))
+
+
+def _is_torn(reading: Reading, path: Keys) -> bool:
+    """Say whether a list lost an item to a fault."""
+    label = re.escape(reading.marks.label(path))
+    return any(re.fullmatch(rf"{label}(\[[0-9]+\])?", torn) for torn in reading.torn)
+
+
+def check_slices(reading: Reading) -> None:
+    """Report output slices whose sources have unlike numbers of layers."""
+    assert reading.plan is not None
+    for part in parts(reading.plan):
+        if part.sliced and not part.items and not _is_torn(reading, part.path):
+            reading.add(part.path, "an output slice without sources has no layers", key=True)
+        for i, other in enumerate(part.slices):
+            first = part.slices[0]
+            if length(other) == length(first):
+                continue
+            line = reading.marks.nearest((*part.path, 0, "layer_range")).line
+            where = f" (line {line})" if line else ""
+            message = f"layer_range of {other.model} takes {length(other)} layers, that of "
+            message += f"{first.model} {length(first)}{where}; the sources of an output slice "
+            reading.add((*part.path, i, "layer_range"), f"{message}take equally many")
+
+
+def length(item: InputSlice) -> int:
+    """Return how many layers a slice has."""
+    return item.layer_range[1] - item.layer_range[0]
 
 
 def check_then(reading: Reading) -> None:
     """Report `then:` in a plan without a base, for there is no delta to work on."""
     plan = reading.plan
-    if plan and plan.then and plan.base_model is None and "base_model" not in reading.torn:
+    if plan is None or not plan.then or "base_model" in reading.torn:
+        return
+    if any(part.base is None for part in parts(plan)):
         message = "then works on the delta to a base: it needs `base_model:`"
         reading.add(("then",), message, key=True)
 
@@ -87,19 +119,22 @@ def _said(error: PlanError) -> str:
 
 
 def check_twice(reading: Reading) -> None:
-    """Report a model that is listed twice."""
+    """Report a model that is listed twice in a part of the plan."""
     assert reading.plan is not None
-    first: dict[Key, int] = {}
-    for i, entry in enumerate(reading.plan.models):
-        j = first.setdefault(entry.model.key, i)
-        if j != i:
-            line = reading.marks.nearest(("models", j, "model")).line
-            where = f"first on line {line}" if line else f"first as models[{j}]"
-            message = f"model {entry.model} is listed twice ({where}); keep one"
-            reading.add(("models", i, "model"), message)
+    for part in parts(reading.plan):
+        first: dict[Key, int] = {}
+        for i, item in enumerate(part.items):
+            j = first.setdefault(item.model.key, i)
+            if j == i:
+                continue
+            line = reading.marks.nearest((*part.path, j, "model")).line
+            label = reading.marks.label((*part.path, j))
+            where = f"first on line {line}" if line else f"first as {label}"
+            message = f"model {item.model} is listed twice ({where}); keep one"
+            reading.add((*part.path, i, "model"), message)
 
 
-def _check_count(reading: Reading, method: type[Operator], count: int) -> None:
+def _check_count(reading: Reading, method: type[Operator], part: Part, count: int) -> None:
     from mergekit_ft.contract import Base
 
     low, high = method.tuned
@@ -107,10 +142,9 @@ def _check_count(reading: Reading, method: type[Operator], count: int) -> None:
         return
     assert reading.plan is not None
     wanted = f"at least {low}" if high is None else f"{low}" if low == high else f"{low} to {high}"
-    apart = method.base is Base.REQUIRED or (
-        method.base is Base.OPTIONAL and reading.plan.base_model is not None
-    )
+    apart = method.base is Base.REQUIRED or (method.base is Base.OPTIONAL and part.base is not None)
     besides = " besides base_model" if apart else ""
     noun = "model" if wanted.endswith("1") else "models"
-    message = f"{reading.plan.merge_method} takes {wanted} {noun}{besides}; the plan gives {count}"
-    reading.add(("models",), message, key=True)
+    whose = "this slice" if part.sliced else "the plan"
+    message = f"{reading.plan.merge_method} takes {wanted} {noun}{besides}; {whose} gives {count}"
+    reading.add(part.path, message, key=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ft.plan.fields import REQUIRED, Parameter, listed, parameters_of
 from mergekit_ft.plan.marks import Keys
 from mergekit_ft.plan.models import Plan
+from mergekit_ft.plan.parts import Part
 from mergekit_ft.plan.reading import Reading
 from mergekit_ft.plan.references import ModelReference
 from mergekit_ft.plan.settings import Clause, Setting, read_setting
@@ -53,30 +55,42 @@ class Table:
     rows: tuple[Row, ...]
 
 
-def members(plan: Plan, method: type[Operator]) -> list[Member]:
-    """Return the k models in order, the base among them where it is not apart."""
+def members(part: Part, method: type[Operator]) -> list[Member]:
+    """Return the k models in order, the base among them where it is not apart.
+
+    A base that is not listed joins whole models last; to an output slice nothing is added.
+    """
     from mergekit_ft.contract import Base
 
     apart = method.base is not Base.IGNORED
-    base = plan.base_model
-    listed = [Member(e.model, ("models", i), e.parameters) for i, e in enumerate(plan.models)]
+    base = part.base
+    items = enumerate(part.items)
+    listed = [Member(item.model, (*part.path, i), item.parameters) for i, item in items]
     if base is None:
         return listed
     others = [member for member in listed if member.model.key != base.key]
     if apart:
         return others
-    return listed if len(others) < len(listed) else [*listed, Member(base, ("base_model",), {})]
+    joins = len(others) == len(listed) and not part.sliced
+    return [*listed, Member(base, part.base_path, {})] if joins else listed
 
 
 class Levels:
     """Read every setting of one method, reporting what is unknown, misplaced or missing."""
 
     def __init__(
-        self, reading: Reading, method: type[Operator], rows: list[Member], step: int | None
+        self,
+        reading: Reading,
+        method: type[Operator],
+        part: Part,
+        rows: list[Member],
+        step: int | None,
+        read: dict[Keys, Setting],
     ) -> None:
         assert reading.plan is not None
-        self.reading, self.plan = reading, reading.plan
+        self.reading, self.plan, self.part = reading, reading.plan, part
         self.step, self.members = step, rows
+        self._read = read  # by all parts of the plan, each setting once
         self.name = self.plan.merge_method if step is None else self.plan.then[step].method
         self.known = parameters_of(method)
         self.takes = listed(method, self.name)
@@ -88,9 +102,11 @@ class Levels:
         self.tables = [self._table(parameter) for parameter in self.known.values()]
 
     @property
-    def top(self) -> Keys:
-        """Return the path of the settings that all models share."""
-        return ("parameters",) if self.step is None else ("then", self.step, self.name)
+    def levels(self) -> tuple[tuple[Keys, Mapping[str, Any]], ...]:
+        """Return the settings that all models share, the nearest first, by their paths."""
+        if self.step is None:
+            return self.part.levels
+        return ((self.where, self.plan.then[self.step].parameters),)
 
     @property
     def where(self) -> Keys:
@@ -101,24 +117,25 @@ class Levels:
         """Say where a missing parameter can be written."""
         if self.step is not None:
             return f"write `- {self.name}: {{{parameter.word}: VALUE}}`"
-        if row.path == ("base_model",):
+        if row.path == self.part.base_path:
             return "a base_model that is not listed joins the models last: list it with its own"
         where = "its `parameters:` or " if parameter.scope == "model" else ""
         return f"write it under {where}the top-level `parameters:`"
 
-    def _shared(self) -> dict[str, Any]:
-        return self.plan.parameters if self.step is None else self.plan.then[self.step].parameters
-
     def _refuse_unknown(self) -> None:
-        for word in self._shared():
-            self._refuse_word(word, (*self.top, word))
+        for path, given in self.levels:
+            for word in given:
+                known = self._refuse_word(word, (*path, word))
+                if known and known.scope == "plan" and self.step is None and len(path) > 1:
+                    message = f"'{word}' has one value for the whole plan; move it to the top-level"
+                    self.reading.add((*path, word), f"{message} `parameters:`", key=True)
 
     def _refuse_misplaced(self) -> None:
         """Report parameters under a model that the method does not look for there."""
         mine = {member.path: member for member in self.members}
-        for i, entry in enumerate(self.plan.models):
-            path: Keys = ("models", i, "parameters")
-            if ("models", i) not in mine and entry.parameters:
+        for i, entry in enumerate(self.part.items):
+            path: Keys = (*self.part.path, i, "parameters")
+            if path[:-1] not in mine and entry.parameters:
                 message = f"parameters of the base model have no effect in {self.name}; remove them"
                 self.reading.add(path, message, key=True, aside=path)
                 continue
@@ -126,7 +143,8 @@ class Levels:
                 known = self._refuse_word(word, (*path, word))
                 if known and known.scope != "model":
                     message = f"'{word}' is one value for all models, without effect under one"
-                    message += "; move it to the top-level `parameters:`"
+                    where = "the slice's" if self.part.sliced else "the top-level"
+                    message += f"; move it to {where} `parameters:`"
                     self.reading.add((*path, word), message, key=True, aside=(*path, word))
 
     def _refuse_word(self, word: str, path: Keys) -> Parameter | None:
@@ -147,7 +165,8 @@ class Levels:
         return None
 
     def _table(self, parameter: Parameter) -> Table:
-        top = self._setting(parameter, self._shared(), self.top)
+        chains = (self._setting(parameter, given, path) for path, given in self.levels)
+        top = tuple(setting for chain in chains for setting in chain)
         if parameter.scope == "model":
             table = Table(parameter, tuple(self._row(parameter, m, top) for m in self.members))
         else:
@@ -165,18 +184,19 @@ class Levels:
         return Row(f" for {member.model}", member.path, own + top)
 
     def _setting(
-        self, parameter: Parameter, given: dict[str, Any], path: Keys
+        self, parameter: Parameter, given: Mapping[str, Any], path: Keys
     ) -> tuple[Setting, ...]:
         """Return the setting at one level, or nothing."""
         if parameter.word not in given:
             return ()
         path = (*path, parameter.word)
-        if path not in self.settings:
+        if path not in self._read:
             raw = given[parameter.word]
-            self.settings[path] = read_setting(raw, parameter, path, self.reading)
+            self._read[path] = read_setting(raw, parameter, path, self.reading)
+        self.settings[path] = self._read[path]
         return (self.settings[path],)
 
     def _was_torn(self, row: Row) -> bool:
         """Say whether a fault took away the mapping where a value may have stood."""
-        own = f"{self.reading.marks.label(row.path)}.parameters"
-        return not {own, "parameters"}.isdisjoint(self.reading.torn)
+        paths = [(*row.path, "parameters"), *(path for path, _ in self.levels)]
+        return not self.reading.torn.isdisjoint(map(self.reading.marks.label, paths))

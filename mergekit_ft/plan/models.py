@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from mergekit_ft.plan.prefixes import Prefixes
-from mergekit_ft.plan.references import ModelReference, Named, PlanWords, refuse
+from mergekit_ft.plan.entries import Entry, Module, OutputSlice, Parameters
+from mergekit_ft.plan.references import ModelReference, PlanWords, refuse
 from mergekit_ft.plan.tokenizers import ChatTemplate, TokenizerSource, TokenizerWords
 from mergekit_ft.registry import did_you_mean
 
@@ -15,13 +15,6 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SHORT = {"fp16": "float16", "half": "float16", "f16": "float16", "bf16": "bfloat16"}
 _SHORT |= {"fp32": "float32", "float": "float32", "f32": "float32", "single": "float32"}
 _SHORT |= {"fp64": "float64", "double": "float64", "f64": "float64"}
-
-
-class Entry(Named):
-    """One of the models and its own parameters."""
-
-    parameters: Parameters = Field(default_factory=dict)
-    prefix: Prefixes = None  # how its names begin -> how they begin in the donor
 
 
 class Step(PlanWords):
@@ -47,7 +40,9 @@ class Plan(PlanWords):
     """What is asked: the method, the models, and their parameters."""
 
     merge_method: str
-    models: tuple[Entry, ...]
+    models: tuple[Entry, ...] = ()
+    slices: tuple[OutputSlice, ...] = ()
+    modules: Modules = Field(default_factory=dict)
     base_model: ModelReference | None = None
     parameters: Parameters = Field(default_factory=dict)
     dtype: Dtype = None
@@ -81,16 +76,16 @@ class Plan(PlanWords):
         return self.out_dtype or self.dtype
 
 
-def _mapping(raw: Any) -> Any:
-    if not isinstance(raw, dict | None):
-        refuse("parameters is a mapping of names to values")
-    return raw or {}
-
-
 def _steps(raw: Any) -> Any:
     if not isinstance(raw, list | tuple | None):
         refuse("then is a list of operators: `- lines: {beta: 0.5}`")
     return raw or ()
+
+
+def _modules(raw: Any) -> Any:
+    if not isinstance(raw, dict | None):
+        refuse("modules maps each module to its `models:` or `slices:`")
+    return raw or {}
 
 
 def _dtype(raw: Any) -> str | None:
@@ -104,8 +99,7 @@ def _dtype(raw: Any) -> str | None:
     refuse(f"'{raw}' is not a dtype of merged weights{hint} (valid: {', '.join(DTYPES)})")
 
 
-Parameters = Annotated[dict[str, Any], BeforeValidator(_mapping)]
+Modules = Annotated[dict[str, Module], BeforeValidator(_modules)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 Steps = Annotated[tuple[Step, ...], BeforeValidator(_steps)]
-for _model in (Entry, Plan):
-    _model.model_rebuild()
+Plan.model_rebuild()

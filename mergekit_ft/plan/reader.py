@@ -11,8 +11,15 @@ import yaml
 
 from mergekit_ft.errors import Fault, PlanError
 from mergekit_ft.plan import marks
-from mergekit_ft.plan.checks import adjustments, check_models, check_then, check_twice, method_of
-from mergekit_ft.plan.parameters import Lookup
+from mergekit_ft.plan.checks import (
+    adjustments,
+    check_models,
+    check_slices,
+    check_then,
+    check_twice,
+    method_of,
+)
+from mergekit_ft.plan.parameters import lookups
 from mergekit_ft.plan.reading import Reading
 from mergekit_ft.plan.stages import linked
 from mergekit_ft.plan.structure import build
@@ -100,10 +107,11 @@ def _read_tree(tree: marks.Tree, file: str, text: str, lenient: bool) -> Reading
 def _check(reading: Reading) -> None:
     method = method_of(reading)
     check_twice(reading)
+    check_slices(reading)
     check_then(reading)
     check_tokenizer(reading)
     if method is None:
         adjustments(reading)
         return
     check_models(reading, method)
-    reading.lookup = Lookup(reading, method)
+    reading.lookups = lookups(reading, method)

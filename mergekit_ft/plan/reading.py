@@ -25,12 +25,18 @@ class Reading:
     file: str = "plan"
     text: str = ""
     torn: set[str] = field(default_factory=set)  # labels of what was set aside as faulty
-    lookup: Lookup | None = None  # the parameters, when the method is known
+    lookups: list[Lookup] = field(default_factory=list)  # the parameters of each part, when the
+    # method is known
     lenient: bool = False  # words that mergekit reads without effect are remarks, not faults
     remarks: list[Fault] = field(default_factory=list)  # of what was set aside so
     unfit: set[Key] = field(default_factory=set)  # keys of models of which it
     # was said that they do not fit
     stages: dict[str, Reading] = field(default_factory=dict)  # the plan's other documents, by name
+
+    @property
+    def lookup(self) -> Lookup | None:
+        """Return the parameters of the first part, the only one where whole models merge."""
+        return self.lookups[0] if self.lookups else None
 
     def fault(
         self,

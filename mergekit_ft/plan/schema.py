@@ -49,6 +49,19 @@ _PREFIX: Json = {
     "additionalProperties": _TEXT,
     "minProperties": 1,
 }
+_PARAMETERS: Json = {"type": ["object", "null"]}
+_AROUND: Json = {
+    "base_model": {"anyOf": [{"$ref": "#/definitions/model"}, {"type": "null"}]},
+    "parameters": _PARAMETERS,
+}
+_LAYERS: Json = {
+    "description": "[first, end] of the model's layers, from 0, the end not included",
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0},
+    "minItems": 2,
+    "maxItems": 2,
+}
+_LISTS = ("models", "slices", "modules")
 _SELECTORS: Json = {
     "filter": {"type": "string", "description": "case-sensitive part of the tensor's name; *: all"},
     "match": {"type": "string", "description": "glob over the whole name of the tensor"},
@@ -75,7 +88,8 @@ def schema() -> Json:
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "mergekit-ft plan",
         "type": "object",
-        "required": ["merge_method", "models"],
+        "required": ["merge_method"],
+        "oneOf": [{"required": [word]} for word in _LISTS],
         "additionalProperties": False,
         "properties": _properties(list(methods), steps),
         "allOf": [_choice(name, method) for name, method in methods.items()],
@@ -84,21 +98,16 @@ def schema() -> Json:
 
 
 def _properties(methods: list[str], steps: list[str]) -> Json:
-    entry = {
-        "type": "object",
-        "required": ["model"],
-        "additionalProperties": False,
-        "properties": {
-            "model": _ref("model"),
-            "adapter": _ADAPTER,
-            "parameters": {"type": ["object", "null"]},
-            "prefix": _PREFIX,
-        },
-    }
     named = [{"const": name, "description": registry.summary(name)} for name in methods]
     return {
         "merge_method": {"description": "how to merge", "oneOf": named},
-        "models": {"type": "array", "minItems": 1, "items": entry},
+        **_lists(),
+        "modules": {
+            "description": "the same for each part of a model that has several stacks of layers",
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": _closed({**_lists(), **_AROUND}, []),
+        },
         "base_model": {"anyOf": [_ref("model"), {"type": "null"}]},
         "parameters": {"type": ["object", "null"]},
         "dtype": {**_DTYPE, "description": "dtype of the stored weights"},
@@ -111,6 +120,29 @@ def _properties(methods: list[str], steps: list[str]) -> Json:
         },
         **vocabulary_schema(_ref("model")),
     }
+
+
+def _lists() -> Json:
+    """Return what a plan, and a module of it, merges: whole models or slices of them."""
+    own = {"model": _ref("model"), "adapter": _ADAPTER, "parameters": _PARAMETERS}
+    entry = _closed({**own, "prefix": _PREFIX}, ["model"])
+    source = _closed({**own, "layer_range": _LAYERS}, ["model", "layer_range"])
+    sources = {"type": "array", "minItems": 1, "items": source}
+    output = _closed({"sources": sources, **_AROUND}, ["sources"])
+    return {
+        "models": {"type": "array", "minItems": 1, "items": entry},
+        "slices": {
+            "description": "layers of the output, from the first to the last",
+            "type": "array",
+            "minItems": 1,
+            "items": output,
+        },
+    }
+
+
+def _closed(properties: Json, required: list[str]) -> Json:
+    closed: Json = {"type": "object", "additionalProperties": False, "properties": properties}
+    return closed | ({"required": required} if required else {})
 
 
 def _step(name: str) -> Json:
@@ -129,14 +161,14 @@ def _choice(name: str, method: type[Operator]) -> Json:
 
     own = {"anyOf": [_ref(f"{name}.model"), {"type": "null"}]}
     shared = {"anyOf": [_ref(f"{name}.shared"), {"type": "null"}]}
-    then: Json = {
-        "properties": {
-            "parameters": shared,
-            "models": {"items": {"properties": {"parameters": own}}},
-        }
-    }
-    if method.base is Base.REQUIRED:
-        then["required"] = ["base_model"]
+    listed: Json = {"items": {"properties": {"parameters": own}}}
+    output = {"parameters": shared, "sources": listed}
+    lists: Json = {"models": listed, "slices": {"items": {"properties": output}}}
+    inside = {"additionalProperties": {"properties": {"parameters": shared, **lists}}}
+    then: Json = {"properties": {"parameters": shared, **lists, "modules": inside}}
+    if method.base is Base.REQUIRED:  # which a slice or a module may have of its own
+        then["if"] = {"required": ["models"]}
+        then["then"] = {"required": ["base_model"]}
     when = {"properties": {"merge_method": {"const": name}}, "required": ["merge_method"]}
     return {"if": when, "then": then}
 

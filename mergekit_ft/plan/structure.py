@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mergekit_ft.errors import PlanError
+from mergekit_ft.plan.entries import Entry, InputSlice, Module, OutputSlice
 from mergekit_ft.plan.fields import parameters_of, shown
 from mergekit_ft.plan.marks import Keys
-from mergekit_ft.plan.models import Entry, Plan
+from mergekit_ft.plan.models import Plan
 from mergekit_ft.registry import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from mergekit_ft.plan.reading import Reading
 
-NOT_YET = ("slices", "modules")
 _TEXTS = ("merge_method", "base_model", "dtype", "out_dtype", "name")
+_LISTS = ("models", "slices", "modules")  # of which a plan has one
+_OF_NAMED = [("model",), ("adapter",), ("base_model",)]
+_REQUIRED = ("model", "layer_range", "sources")
 _PARAMETERS = {"weight", "density", "normalize", "rescale", "lambda", "int8_mask", "t", "gamma"}
 _PARAMETERS |= {"epsilon", "scale", "filter_wise", "normalize_weights", "select_topk", "max_iter"}
 
@@ -40,14 +43,12 @@ def build(tree: Any, reading: Reading) -> None:
 
 def _as_written(tree: dict[str, Any], reading: Reading) -> None:
     """Give texts back their spelling: a name of 007 is no number."""
-    paths: list[Keys] = [(key,) for key in _TEXTS]
-    models = tree.get("models")
-    for i in range(len(models) if isinstance(models, list) else 0):
-        paths += [("models", i, key) for key in ("model", "adapter")]
-        paths += [("models", i, key, "revision") for key in ("model", "adapter")]
-    for path in [*paths, ("base_model", "revision")]:
-        mark = reading.marks.get(path)
-        if mark is not None and mark.text is not None:
+    named = ("base_model", "model", "adapter")
+    for path, mark in reading.marks.items():
+        texts = path in [(key,) for key in _TEXTS] or (
+            "parameters" not in path and path and (path[-1] in named or path[-2:-1] in _OF_NAMED)
+        )
+        if texts and mark.text is not None:
             holder = _at(path[:-1], tree)
             holder[path[-1]] = mark.text if _is_number(holder[path[-1]]) else holder[path[-1]]
 
@@ -57,16 +58,26 @@ def _is_number(value: Any) -> bool:
 
 
 def _whole(tree: dict[str, Any], reading: Reading) -> None:
-    """Name the two keys that every plan has, where they are missing."""
+    """Name the keys that every plan has, where they are missing, and those of which it has one."""
     if tree.get("merge_method") in (None, ""):
         message = "missing key 'merge_method': say how to merge, e.g. `merge_method: linear`"
         reading.add(("merge_method",), message)
         tree["merge_method"] = ""
-    if tree.get("models") in (None, []):
-        if not (tree.get("slices") or tree.get("modules")):
-            reading.add(("models",), "missing key 'models': a list of `- model: PATH`")
+    given = [key for key in _LISTS if tree.get(key) not in (None, [], {})]
+    for key in given[1:]:
+        message = f"a plan has one of models, slices and modules; {given[0]} is given as well"
+        reading.add((key,), message, key=True)
+    for key in _LISTS:
+        if given and tree.get(key) in ([], {}):
+            reading.add(
+                (key,), f"'{key}' is empty, without effect; remove it", key=True, aside=(key,)
+            )
+    if not given:
+        reading.add(("models",), "missing key 'models': a list of `- model: PATH`")
         reading.torn.add("models")
-        tree["models"] = []
+    for key in _LISTS:
+        if key not in given[:1] and key in tree:
+            tree[key] = {} if key == "modules" else []
 
 
 def _set_aside(
@@ -85,7 +96,7 @@ def _set_aside(
     told.add(label)
     if details["type"] == "extra_forbidden":  # `mdoel:` is no second fault for want of `model:`
         told.update(
-            f"{label.rpartition('.')[0]}.{near}" for near in nearest(str(path[-1]), ["model"])
+            f"{label.rpartition('.')[0]}.{near}" for near in nearest(str(path[-1]), _REQUIRED)
         )
     node = path[:-1] if details["type"] == "missing" else _within((*path, *below), tree)
     if not within:
@@ -97,10 +108,10 @@ def _set_aside(
 
 def _is_idle(details: ErrorDetails, path: Keys, tree: dict[str, Any]) -> bool:
     """Say whether mergekit reads over a key, and the plan is whole without it."""
-    if details["type"] != "extra_forbidden" or (len(path) == 1 and path[0] in NOT_YET):
+    if details["type"] != "extra_forbidden":
         return False
-    spells_model = bool(nearest(str(path[-1]), ["model"])) and len(path) > 1
-    return not (spells_model and "model" not in _at(path[:-1], tree))
+    spelt = nearest(str(path[-1]), _REQUIRED) if len(path) > 1 else []
+    return all(word in _at(path[:-1], tree) for word in spelt)
 
 
 def _at(path: Keys, tree: Any) -> Any:
@@ -135,24 +146,50 @@ def _message(details: ErrorDetails, path: Keys, tree: dict[str, Any]) -> str:
     if kind == "plan":
         return str(details["ctx"]["message"])
     if kind == "missing":
-        return f"missing key '{key}': write `- {key}: PATH`"
-    if path == ("models",):
-        return "models is a list: write `- model: PATH` for each"
+        return f"missing key '{key}': write `{_EXAMPLES[key]}`"
+    if key in _EXAMPLES and isinstance(path[-1], str) and kind not in ("string_type",):
+        return f"{key} is a list: write `{_EXAMPLES[key]}` for each"
     if kind in ("model_type", "model_attributes_type"):
-        return f"a model is written `- model: PATH`; got {shown(details['input'])}"
+        return f"{_WRITTEN[_kind(path)]}; got {shown(details['input'])}"
     return f"{key} must be text; got {shown(details['input'])}"
+
+
+_EXAMPLES = {
+    "models": "- model: PATH",
+    "slices": "- sources: [{model: PATH, layer_range: [0, 8]}]",
+    "sources": "- {model: PATH, layer_range: [0, 8]}",
+    "model": "- model: PATH",
+    "layer_range": "layer_range: [0, 8]",
+}
+_WRITTEN: dict[type[BaseModel], str] = {
+    Entry: "a model is written `- model: PATH`",
+    InputSlice: "a source is written `- {model: PATH, layer_range: [0, 8]}`",
+    OutputSlice: f"an output slice is written `{_EXAMPLES['slices']}`",
+    Module: "a module has `models:` or `slices:`",
+}
+
+
+def _kind(path: Keys) -> type[BaseModel]:
+    """Return what a plan has at a path."""
+    kinds: dict[str, type[BaseModel]] = {"models": Entry, "slices": OutputSlice}
+    kinds |= {"sources": InputSlice, "modules": Module}
+    words = [word for word in path[:-1] if word in kinds] if len(path) > 1 else []
+    return kinds[str(words[-1])] if words else Plan
 
 
 def _unknown(key: str, path: Keys, tree: dict[str, Any]) -> str:
     """Say what is wrong with a key that no plan has, and what would do."""
-    valid = list((Plan if len(path) == 1 else Entry).model_fields)
-    if len(path) == 1 and key in NOT_YET:
-        return f"'{key}' is a key of mergekit plans that is not supported yet"
-    if key == "layer_range":
-        return "'layer_range' belongs to `slices:`, which is not supported yet"
+    kind = _kind(path)
+    valid = list(kind.model_fields)
+    if key == "layer_range" and kind is Entry:
+        return "'layer_range' has no effect under models, which merge whole; write `slices:`"
+    if key == "residual_weight":
+        return "'residual_weight' never had an effect in mergekit, and has no meaning; remove it"
     if key in _PARAMETERS or key in _method_words(tree):
         return f"unknown key '{key}': it is a parameter and belongs under `parameters:`"
-    return f"unknown key '{key}'{did_you_mean(key, valid)} (valid: {', '.join(valid)})"
+    hint = did_you_mean(key, [word for word in valid if word != "modules"])  # before it, models
+    hint = hint or did_you_mean(key, valid)
+    return f"unknown key '{key}'{hint} (valid: {', '.join(valid)})"
 
 
 def _method_words(tree: dict[str, Any]) -> set[str]:

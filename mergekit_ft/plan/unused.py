@@ -18,21 +18,26 @@ from mergekit_ft.registry import nearest
 class Seen:
     """Which tensors were asked for, and which clauses of the plan had a say."""
 
-    names: list[str] = field(default_factory=list)
+    places: dict[str, Place] = field(default_factory=dict)  # by name
     stacks: dict[str, int] = field(default_factory=dict)  # stack -> layers
     matched: set[Clause] = field(default_factory=set)
     decided: set[Clause] = field(default_factory=set)
 
     def tensor(self, name: str, place: Place) -> None:
         """Note one tensor."""
-        self.names.append(name)
+        self.places[name] = place
         if place.layer is not None:
-            self.stacks[place.stack] = place.layers
+            self.stacks[place.stack] = max(place.layers, self.stacks.get(place.stack, 0))
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names that were asked for."""
+        return list(self.places)
 
 
 def without_effect(settings: Iterable[Setting], seen: Seen, reading: Reading) -> list[Fault]:
     """Return a fault for each part of a setting that decided no value."""
-    if not seen.names:
+    if not seen.places:
         return []
     return [fault for setting in settings for fault in _idle(setting, seen, reading)]
 
@@ -63,6 +68,9 @@ def _aside(setting: Setting, clause: Clause | None = None) -> Keys | None:
 def _matches_nothing(setting: Setting, clause: Clause, seen: Seen, reading: Reading) -> Fault:
     selector = clause.selector
     assert selector is not None  # what has no selector matches every tensor
+    if any(selector.matches(name, place) for name, place in seen.places.items()):
+        said = f"{selector} matches no tensor here, only those of other slices"
+        return reading.fault(clause.path, said, aside=_aside(setting, clause))
     key, hint = _reason(selector, seen)
     path: Keys = (*clause.path, key)
     said = f"{selector} matches no tensor{hint}"

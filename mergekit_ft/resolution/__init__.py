@@ -10,6 +10,7 @@ from mergekit_ft.plan import Reading
 from mergekit_ft.resolution.found import Resolution
 from mergekit_ft.resolution.opening import Find, Opener, raise_faults
 from mergekit_ft.resolution.resolver import Resolver
+from mergekit_ft.resolution.stacked import StackedResolver
 from mergekit_ft.resolution.tasks import Ref, Task, Then
 from mergekit_ft.resolution.views import viewed
 from mergekit_ft.sources import Source
@@ -50,6 +51,13 @@ def _of_stages(found: Resolution) -> Iterator[str]:
             )
 
 
+def _resolver(reading: Reading) -> type[Resolver] | type[StackedResolver]:
+    """Return who finds the tasks: of whole models, or of a stack."""
+    plan = reading.plan
+    assert plan is not None
+    return StackedResolver if plan.slices or plan.modules else Resolver
+
+
 class _Documents:
     """Resolves a plan's documents, each once, the stages before those that use them."""
 
@@ -66,7 +74,7 @@ class _Documents:
             return None
         sources = viewed(reading, sources)
         self._views += sources.values()
-        return Resolver(reading, sources).resolution()
+        return _resolver(reading)(reading, sources).resolution()
 
     def _stage(self, reading: Reading, name: str) -> Source | None:
         if name not in self._stages:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from mergekit_ft.plan import Plan
+from mergekit_ft.resolution.stack import Stack
 from mergekit_ft.resolution.tasks import Task
 from mergekit_ft.sources import Source
 
@@ -25,6 +26,7 @@ class Resolution:
     alone: dict[str, list[str]] = field(default_factory=dict)  # tensors of the donor's that are
     # copied, and the models that lack them
     notes: list[str] = field(default_factory=list)  # what a user should know and cannot mend here
+    stack: Stack | None = None  # where the output's layers are slices of models
     stages: dict[str, Resolution] = field(default_factory=dict)  # by name: merges that are sources
 
     @property
@@ -41,7 +43,12 @@ class Resolution:
     @property
     def edits(self) -> Mapping[str, Any]:
         """Return what the output's config.json says otherwise than the donor's, by dotted key."""
-        return self.donor.edits
+        return self.donor.edits if self.stack is None else {**self.donor.edits, **self.stack.edits}
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Return the models that are merged, as the plan names them, each once."""
+        return tuple(dict.fromkeys(model for task in self.tasks for model in task.ids))
 
     @property
     def leaves(self) -> list[Source]:

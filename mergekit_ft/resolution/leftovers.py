@@ -4,21 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from mergekit_ft.layers import places
 from mergekit_ft.resolution.found import Resolution
+from mergekit_ft.resolution.stack import runs, span
 from mergekit_ft.sources import Source, TensorInfo
 
 NAMED = 5  # tensors named before "and N more"
 
 
 def unused(found: Resolution) -> dict[str, list[str]]:
-    """Return, by model, the tensors that no task reads."""
+    """Return, by model, the tensors that no task reads, but those that a stack leaves out."""
+    rest = {s.reference: names for s, names in _unread(found).items()}
+    if found.stack is not None:
+        inside = [f"{column.stack}." for column in found.stack.columns if column.stack]
+        rest = {
+            reference: [
+                name
+                for name in names
+                if name not in found.donor and not name.startswith(tuple(inside))
+            ]
+            for reference, names in rest.items()
+        }
+    return {reference: names for reference, names in rest.items() if names}
+
+
+def untaken(found: Resolution) -> Iterator[str]:
+    """Say what of each model a stack leaves out."""
+    assert found.stack is not None
+    for source, names in _unread(found).items():
+        if len(names) == len(source):
+            yield (
+                f"{source.reference}: none of its tensors is in a slice; only its config and side "
+                "files are used"
+            )
+            continue
+        seats = places(source)
+        for column in found.stack.columns:
+            inside = (seats[name] for name in names if seats[name].stack == column.stack)
+            layers = sorted({place.layer for place in inside if place.layer is not None})
+            if layers and column.stack is not None:
+                noun = "layer" if len(layers) == 1 else "layers"
+                spans = ", ".join(map(span, runs(layers)))
+                yield f"{source.reference}: {noun} {spans} of {column.stack} in no slice"
+        outside = [name for name in names if name in found.donor and seats[name].layer is None]
+        if outside:
+            yield (
+                f"{source.reference}: {named(outside)} not used: what comes before the layers is "
+                "of the first slice, what comes after them of the last"
+            )
+
+
+def _unread(found: Resolution) -> dict[Source, list[str]]:
     read: dict[int, set[str]] = {id(source): set() for source in found.sources}
     for task in found.tasks:
         for ref in (task.base, task.copy, *task.tuned):
             if ref is not None:
                 read[id(ref.source)].add(ref.name)
-    rest = {s.reference: [name for name in s if name not in read[id(s)]] for s in found.sources}
-    return {reference: names for reference, names in rest.items() if names}
+    rest = {s: [name for name in s if name not in read[id(s)]] for s in found.sources}
+    return {source: names for source, names in rest.items() if names}
 
 
 def notes(found: Resolution) -> Iterator[str]:
@@ -36,7 +79,8 @@ def notes(found: Resolution) -> Iterator[str]:
             shared = [name for name in names if name in found.alone]
             yield f"{reference}: {named(shared)} not used, for not every model has them"
     for source in found.sources:
-        other = [name for name in donor if _stored_otherwise(source, donor[name])]
+        held = (name for name in donor if name in stored)
+        other = [name for name in held if _stored_otherwise(source, donor[name])]
         if other:
             first = other[0]
             yield (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mergekit_ft.errors import SourceError
-from mergekit_ft.plan import Reading
+from mergekit_ft.plan import Entry, Reading, parts, referred
 from mergekit_ft.plan.references import Key
-from mergekit_ft.resolution.opening import Opened, named_models
+from mergekit_ft.resolution.opening import Opened
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.names import brought
 
@@ -14,11 +14,12 @@ def renamed(reading: Reading, sources: Opened) -> Opened:
     """Return every model under the names of the first, the donor of names."""
     assert reading.plan is not None
     told = {
-        entry.model.key: (("models", i, "prefix"), entry.prefix)
-        for i, entry in enumerate(reading.plan.models)
-        if entry.prefix is not None
+        item.model.key: ((*part.path, i, "prefix"), item.prefix)
+        for part in parts(reading.plan)
+        for i, item in enumerate(part.items)
+        if isinstance(item, Entry) and item.prefix is not None
     }
-    named = list(named_models(reading.plan))
+    named = list(referred(reading.plan))
     donor = sources[named[0][1].key]
     found: dict[Key, Source] = dict(sources)
     for path, model in named:

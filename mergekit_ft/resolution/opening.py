@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mergekit_ft.errors import Fault, PlanError, SourceError
-from mergekit_ft.plan import ModelReference, Plan, Reading, nearest_stage
+from mergekit_ft.plan import ModelReference, Reading, nearest_stage, referred
 from mergekit_ft.plan.references import Key
 from mergekit_ft.sources import Source, adapted, open_adapter, open_source
 
@@ -25,7 +25,7 @@ class Opener:
     def opened(self, reading: Reading, stage: Stage) -> Opened | None:
         """Open each model of a document; a fault, and None, where one cannot be opened."""
         found: dict[Key, Source | None] = {}
-        for path, model in named_models(reading.plan):
+        for path, model in referred(reading.plan):
             if model.key not in found:
                 staged = model.path in reading.stages
                 source = stage(reading, model.path) if staged else self._open(reading, path, model)
@@ -55,16 +55,6 @@ class Opener:
 
 def _whole(found: Mapping[Key, Source | None]) -> bool:
     return bool(found) and all(source is not None for source in found.values())
-
-
-def named_models(plan: Plan | None) -> Iterable[tuple[tuple[str | int, ...], ModelReference]]:
-    """Yield every model and the path of the words that name it, the donor first."""
-    if plan is None:
-        return
-    if plan.base_model is not None:
-        yield ("base_model",), plan.base_model
-    for i, entry in enumerate(plan.models):
-        yield ("models", i, "model"), entry.model
 
 
 def raise_faults(faults: Sequence[Fault]) -> None:

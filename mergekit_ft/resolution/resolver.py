@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from mergekit_ft.contract import Adjustment, Base, Operator
-from mergekit_ft.layers import Place, places
-from mergekit_ft.plan import Plan, Reading
+from mergekit_ft.layers import places
+from mergekit_ft.plan import Plan, Reading, parts, referred
 from mergekit_ft.resolution.conservation import conserved, deeper, own_heads
 from mergekit_ft.resolution.found import Resolution
 from mergekit_ft.resolution.leftovers import named, notes, unused
-from mergekit_ft.resolution.opening import Opened, named_models
-from mergekit_ft.resolution.tasks import Ref, Task, Then
+from mergekit_ft.resolution.making import Maker, numbered, ref_of
+from mergekit_ft.resolution.opening import Opened
+from mergekit_ft.resolution.tasks import Ref, Task
 from mergekit_ft.sources import Source, TensorInfo
-from mergekit_ft.sources.dtypes import BY_NAME, FLOATING
+from mergekit_ft.sources.dtypes import FLOATING
 from mergekit_ft.tokens import row_remedy
 
 
@@ -24,13 +23,14 @@ class Resolver:
     def __init__(self, reading: Reading, opened: Opened) -> None:
         assert reading.plan is not None
         self.reading, self.opened = reading, opened
-        named = [model for _, model in named_models(reading.plan)]
+        named = [model for _, model in referred(reading.plan)]
         self.plan: Plan = reading.plan
         self.donor = opened[named[0].key]
-        self.base = opened[self.plan.base_model.key] if self.plan.base_model else None
+        part = next(iter(parts(self.plan)), None)
+        self.base = opened[part.base.key] if part is not None and part.base is not None else None
         self.places = places(self.donor)
         self.alone: dict[str, list[str]] = {}  # tensors of the donor, and the models that lack them
-        self.same: Any = None  # what an operator's survey over the whole model holds fixed
+        self.maker = Maker(reading, self.plan)
 
     def resolution(self) -> Resolution:
         """Return the tasks; what cannot be done is a fault of the reading."""
@@ -39,7 +39,7 @@ class Resolver:
         self.ids = tuple(str(model) for model in members)
         self.members = tuple(self.opened[model.key] for model in members)
         self._require_every_tensor()
-        tasks = self._number_cells(self._tasks()) if lookup is not None else []
+        tasks = numbered(self._tasks()) if lookup is not None else []
         if lookup is not None:
             self.reading.take(lookup.unused())
         found = Resolution(self.plan, self.base, self.donor, self.members, tasks)
@@ -60,60 +60,21 @@ class Resolver:
     def _copy_of(self, info: TensorInfo) -> Task:
         """Return the task of a tensor that the donor alone has."""
         place, own = self.places[info.name], Ref(self.donor, info.name, info)
-        stored = self._stored(info)
+        stored = self.maker.stored(info)
         return Task(info.name, info.name, info.shape, stored, place, None, (), self.ids, copy=own)
 
     def _task(self, info: TensorInfo) -> Task:
         known = self.donor.ties.get(info.name, info.name)  # a tied tensor is merged as its target
         known = known if known in self.places else info.name
         place = self.places[known]
-        tuned = tuple(_ref(source, info.name) for source in self.members)
-        base = _ref(self.base, info.name) if self.base is not None else None
+        tuned = tuple(ref_of(source, info.name) for source in self.members)
+        base = ref_of(self.base, info.name) if self.base is not None else None
         first = Ref(self.donor, info.name, info)
-        task = Task(info.name, known, info.shape, self._stored(info), place, base, tuned, self.ids)
-        if info.dtype not in FLOATING or not task.numel:
-            return replace(task, copy=first)
-        operator, then = self._operators(known, place)
-        if operator is None:
-            return replace(task, copy=first)
-        if operator.base is Base.IGNORED and not then:
-            task = replace(task, base=None)
-        dtypes = {ref.info.dtype for ref in (*tuned, first)}
-        task = replace(task, operator=operator, then=then, bits=64 if "F64" in dtypes else 32)
-        return replace(task, copy=self._copied(task))
-
-    def _copied(self, task: Task) -> Ref | None:
-        """Return the tensor that the operators leave as it is, where one does."""
-        assert task.operator is not None
-        if not all(adjustment.neutral(task.known, task.place) for adjustment in task.then):
-            return None
-        index = task.operator.copies(len(task.tuned), task.known, task.place)
-        if index is None:
-            return None
-        return task.base if index < 0 else task.tuned[index]
-
-    def _operators(self, name: str, place: Place) -> tuple[Operator | None, Then]:
-        """Return the tensor's operators; None where their parameters are at fault."""
-        lookup = self.reading.lookup
-        assert lookup is not None
-        operator = lookup.operator(name, place)
-        steps = range(len(self.plan.then))
-        then = [lookup.for_then(i).operator(name, place) for i in steps]
-        if operator is None:
-            return None, ()
-        held = operator.same_everywhere()
-        self.same = held if self.same is None else self.same
-        if held != self.same:
-            self.reading.add(
-                ("parameters",),
-                f"{self.plan.merge_method} ranks the whole model at once, so its density must be "
-                f"the same for every tensor; it is {held} for {name}, {self.same} before",
-            )
-        return operator, tuple(op for op in then if isinstance(op, Adjustment))
-
-    def _stored(self, info: TensorInfo) -> str:
-        wanted = self.plan.stored_dtype
-        return BY_NAME[wanted] if wanted and info.dtype in FLOATING else info.kept
+        task = Task(
+            info.name, known, info.shape, self.maker.stored(info), place, base, tuned, self.ids
+        )
+        assert self.reading.lookup is not None
+        return self.maker.made(task, first, self.reading.lookup)
 
     def _fits(self, info: TensorInfo) -> bool:
         return all(
@@ -128,7 +89,7 @@ class Resolver:
         return list({id(source): source for source in everyone}.values())
 
     def _require_every_tensor(self) -> None:
-        for path, model in named_models(self.plan):
+        for path, model in referred(self.plan):
             if model.key in self.reading.unfit:
                 continue
             source = self.opened[model.key]
@@ -179,19 +140,3 @@ class Resolver:
             f"only tensors of one shape and kind merge{remedy}",
             kind="source",
         )
-
-    def _number_cells(self, tasks: list[Task]) -> list[Task]:
-        """Give each task its place in the stream that a survey over the whole model sees."""
-        first: dict[str, int] = {}
-        cell = 0
-        for task in tasks:
-            if task.surveyed and task.operator and task.operator.survey_scope == "model":
-                first[task.known] = cell
-                cell += -(-task.numel // task.cell)
-        return [replace(task, first_cell=first.get(task.known, 0)) for task in tasks]
-
-
-def _ref(source: Source, name: str) -> Ref:
-    found = source.locate(name)
-    assert found is not None
-    return Ref(source, found, source[found])

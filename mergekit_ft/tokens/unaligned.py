@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from mergekit_ft.errors import SourceError
-from mergekit_ft.plan import Reading
+from mergekit_ft.plan import Reading, referred
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.derived import derived
 from mergekit_ft.tokens.indexed import rows_of
@@ -52,7 +52,7 @@ def _require_rows(reading: Reading, donor: Source, mine: Vocabulary) -> None:
     if mine.size > rows:
         beyond = [token for token, number in mine.ids.items() if number >= rows]
         assert reading.plan is not None
-        path = ("base_model",) if reading.plan.base_model is not None else ("models", 0, "model")
+        path, _ = next(iter(referred(reading.plan)))
         reading.add(
             path,
             f"{donor.reference}: its tokenizer has {named(beyond)} beyond the {rows} rows of its "
