@@ -71,6 +71,7 @@ class Block:
     delta: Tensor | None = None  # (n,) the merged delta so far, for operators after `then:`;
     # it may lie in a row of scratch, so `adjust` takes none
     cell: int = CELL  # elements of a cell; a block is whole cells, but for the tensor's end
+    made: Tensor | None = None  # what a measure made in scratch for others of the same block
 
     @property
     def n(self) -> int:

@@ -66,8 +66,10 @@ class ArceeFusion(Operator):
 
 
 def _importance(block: Block, _: int) -> Tensor:
-    """Return (n,) the importances in scratch row 0, worked out in float64."""
-    found = block.scratch[0]
+    """Return (n,) the importances in scratch row 0, worked out in float64, once for a block."""
+    if block.made is not None:
+        return block.made
+    found = block.made = block.scratch[0]
     length = row_of(block.shape)
     for run in cells(block.n, block.cell):
         a, b = (exact(x[run]).view(-1, length) for x in (block.base, block.tuned[0]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mergekit_ft.contract import CELL
-from mergekit_ft.methods.arcee_fusion import ArceeFusion
+from mergekit_ft.methods.arcee_fusion import ArceeFusion, arcee_fusion
 from tests.merging import Case, vectors
 
 
@@ -60,6 +60,21 @@ def test_every_element_is_the_bases_or_the_models_bit_for_bit() -> None:
     values = Case(ArceeFusion(), base, tuned, shape=(256, 256)).values()
     assert bool(((values == base) | (values == tuned)).all())
     assert 0.02 < float((values == tuned).float().mean()) < 0.2
+
+
+def test_the_three_quartiles_share_one_working_out_of_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worked_out = []
+    scores = arcee_fusion._scores
+    monkeypatch.setattr(arcee_fusion, "_scores", lambda a, b: worked_out.append(1) or scores(a, b))
+    case = Case(ArceeFusion(), *vectors(1, 8))
+    (block,) = case.blocks()
+    measures = next(case.operator.survey(case.about))
+    assert len(measures) == 3
+    for measure in measures:
+        measure.of(block)
+    assert len(worked_out) == 1
 
 
 @pytest.mark.parametrize("shape", [(2 * CELL // 256 + 7, 256), (3, 400, 100), (CELL + 100,)])
