@@ -210,3 +210,20 @@ def test_each_document_of_a_plan_loses_what_is_its_own() -> None:
     told = [line.split(":")[1] for line in done.stderr.splitlines() if "  plan:" in line]
     assert told == ["8", "15", "16"]
     merged(done.stdout)
+
+
+def test_a_stack_loses_what_is_read_over_at_every_level() -> None:
+    text = (
+        "merge_method: passthrough   # a stack\nslices:\n  - sources:\n      - model: ./maths\n"
+        "        layer_range: [0, 2]\n        foo: 1\n    residual_weight: 0.3\n"
+        "  - sources: [{model: ./chat, layer_range: [1, 3], parameters: {scael: 2}}]\n"
+    )
+    done = cli("migrate", "-", text=text)
+    assert done.stdout == (
+        "merge_method: passthrough   # a stack\nslices:\n  - sources:\n      - model: ./maths\n"
+        "        layer_range: [0, 2]\n  - sources: [{model: ./chat, layer_range: [1, 3]}]\n"
+    )
+    assert cli("merge", "-", "out", text=text).exit_code == 3
+    merged(text, "out", "--lenient")
+    merged(done.stdout, "strict")
+    assert tensors("out").keys() == same_bytes(tensors("out"), tensors("strict"))
