@@ -19,6 +19,7 @@ from mergekit_ft.algebra.deltas import subtract_base, subtract_weighted, weighte
 from mergekit_ft.contract import Block, Measure
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
+RUN = 32_768  # elements of which k float64 rows are held at once
 ONE = 1e-12  # weights whose sum is as near to 1 as this add up to 1
 
 
@@ -64,18 +65,24 @@ def combine(rows: Tensor, weights: Sequence[float]) -> Tensor:
 
 def row_products(rows: Sequence[Tensor]) -> Tensor:
     """Return (pairs, m) float64: the dot products along the last axis of k times (m, length)."""
-    doubles = [exact(row) for row in rows]
-    return torch.stack([(doubles[i] * doubles[j]).sum(-1) for i, j in pairs(len(doubles))])
+    return torch.stack([exact(rows[i]).mul(exact(rows[j])).sum(-1) for i, j in pairs(len(rows))])
 
 
 def _products(block: Block) -> Tensor:
     """Return (cells, pairs): the dot products of every cell."""
 
     def reduce(cell: slice) -> list[Tensor]:
-        rows = [exact(row[cell]) for row in block.tuned]
-        if block.base.numel():
-            base = exact(block.base[cell])
-            rows = [row - base for row in rows]
-        return [(rows[i] * rows[j]).sum() for i, j in pairs(len(rows))]
+        runs = range(cell.start, cell.stop, RUN)
+        parts = [_of_run(block, slice(start, min(start + RUN, cell.stop))) for start in runs]
+        return list(torch.stack(parts).sum(0).unbind())
 
     return by_cell(block.n, reduce, block.cell)
+
+
+def _of_run(block: Block, run: slice) -> Tensor:
+    """Return (pairs,) the dot products over a run of elements."""
+    rows = [exact(row[run]) for row in block.tuned]
+    if block.base.numel():
+        base = exact(block.base[run])
+        rows = [row - base for row in rows]
+    return torch.stack([(rows[i] * rows[j]).sum() for i, j in pairs(len(rows))])

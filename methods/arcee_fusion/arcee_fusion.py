@@ -25,6 +25,7 @@ from mergekit_ft.contract import About, Block, Grain, Operator, Survey, row_of
 QUARTILES = (0.25, 0.5, 0.75)
 SPREAD = 1.5  # quartile distances above the median an element stands out
 LEAST = 1e-8  # added to every probability
+AT = 1.0 - 1e-6  # of the threshold: what is as near below it as a rounding may be is at it
 
 
 class ArceeFusion(Operator):
@@ -47,7 +48,7 @@ class ArceeFusion(Operator):
         counts = [about.numel - math.trunc(q * (about.numel - 1)) for q in QUARTILES]
         cuts = yield from selection.largest(counts, _importance, about)
         low, median, high = (cut.threshold for cut in cuts if cut is not None)
-        return median + SPREAD * (high - low)
+        return (median + SPREAD * (high - low)) * AT
 
     def merge(self, block: Block, finding: Any) -> Tensor:
         """Return (n,) the other model's values where they stand out, else the base's."""
@@ -61,7 +62,7 @@ class ArceeFusion(Operator):
         ordered = importance.flatten().sort().values
         ranks = [math.trunc(q * (len(ordered) - 1)) for q in QUARTILES]
         low, median, high = (float(ordered[rank]) for rank in ranks)
-        stands_out = importance >= median + SPREAD * (high - low)
+        stands_out = importance >= (median + SPREAD * (high - low)) * AT
         return torch.where(stands_out.view_as(base), b, base)
 
 
@@ -80,5 +81,6 @@ def _importance(block: Block, _: int) -> Tensor:
 def _scores(a: Tensor, b: Tensor) -> Tensor:
     """Return the importances of (m, length) rows."""
     p, q = (torch.softmax(rows, -1).add_(LEAST) for rows in (b, a))
-    divergence = (p * (p / q).log_()).sum(-1, keepdim=True)
-    return (b - a).abs_().mul_(divergence.clamp_(min=0.0))
+    logs = torch.div(p, q, out=q).log_()
+    divergence = logs.mul_(p).sum(-1, keepdim=True).clamp_(min=0.0)
+    return torch.sub(b, a, out=p).abs_().mul_(divergence)

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of five architectures: a base and three models tuned from it."""
+"""Tiny random checkpoints of six architectures: a base and three models tuned from it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import checkpoints
+from tests.peers import mixtures
 
 STEP = 0.5  # standard deviation of a delta, in that of the weights
 LEAST = 0.02  # where all weights are equal: biases, norms
@@ -72,6 +73,7 @@ BUILDERS: dict[str, tuple[Callable[..., Path], Words, str | None]] = {
     "bert_encoder": (partial(_bert, "BertModel"), _BERT, INFERRED),
     "t5_gated": (_GATED_T5, _T5, None),
     "t5": (checkpoints.tiny_t5, _T5, INFERRED),
+    "mixtral": (mixtures.fused_mixtral, Words("self_attn", "experts", "layernorm"), None),
 }
 MERGED = [name for name in BUILDERS if name != "bert_encoder"]  # by the peer, in some way
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from torch import Tensor
 
 import mergekit_ft
-from tests.checkpoints import VOCABULARY, WIDTH, tiny_llama, write_checkpoint
+from tests.checkpoints import tiny_llama, write_checkpoint
+from tests.peers.mixtures import fused, tiny_mixtral
 from tests.peers.peer import Peer, tensors_of
 
 pytestmark = pytest.mark.peer
@@ -60,33 +59,8 @@ def test_stages_are_the_peers_merges_one_after_the_other(peer: Peer, tmp_path: P
         assert apart(tensor, theirs[name]) <= CLOSE, name
 
 
-def tiny_mixtral(folder: Path, seed: int) -> str:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 24}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=2)).save_pretrained(folder)
-    return str(folder)
-
-
-def fused(apart: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a Mixtral under the names that the peer writes."""
-    made = {}
-    for name, tensor in apart.items():
-        new = name.replace("block_sparse_moe", "mlp")
-        if not (hit := re.fullmatch(r"(.*\.experts)\.0\.w1\.weight", name)):
-            made |= {} if ".experts." in name else {new: tensor}
-            continue
-        w1, w2, w3 = ([apart[f"{hit[1]}.{e}.w{i}.weight"] for e in range(2)] for i in (1, 2, 3))
-        stem = hit[1].replace("block_sparse_moe", "mlp")
-        both = [torch.cat(pair) for pair in zip(w1, w3, strict=True)]
-        made |= {f"{stem}.gate_up_proj": torch.stack(both), f"{stem}.down_proj": torch.stack(w2)}
-    return made
-
-
 def test_a_mixture_keeps_its_layout_where_the_peer_changes_it(peer: Peer, tmp_path: Path) -> None:
-    base, one, other = (tiny_mixtral(tmp_path / f"m{seed}", seed) for seed in range(3))
+    base, one, other = (str(tiny_mixtral(tmp_path / f"m{seed}", seed)) for seed in range(3))
     plan = document(None, "task_arithmetic", base, one, other)
     theirs, found = peer.merge(plan), ours(plan)
     assert found.keys() == tensors_of(Path(base)).keys()
@@ -98,7 +72,7 @@ def test_a_mixture_keeps_its_layout_where_the_peer_changes_it(peer: Peer, tmp_pa
 
 
 def test_a_fused_model_merges_into_a_base_of_experts_apart(peer: Peer, tmp_path: Path) -> None:
-    base, one = (tiny_mixtral(tmp_path / f"m{seed}", seed) for seed in range(2))
+    base, one = (str(tiny_mixtral(tmp_path / f"m{seed}", seed)) for seed in range(2))
     plan = document(None, "task_arithmetic", base, one)
     theirs = peer.merge(plan)
     config = json.loads(Path(one, "config.json").read_text())
