@@ -362,3 +362,114 @@ def test_load_gives_the_model_of_the_stack() -> None:
     model = mergekit_ft.load(slices(source("q", 0, 2), source("q", 0, 2)))
     assert model.config.num_hidden_layers == 4 and len(model.config.layer_types) == 4
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# ---- layers of unlike kinds
+
+
+def test_a_layer_with_more_tensors_than_the_first_sources_is_refused() -> None:
+    more = weights(4) | {"model.layers.1.mlp.extra.weight": torch.ones(2, 2)}
+    write_checkpoint(Path("more"), more, config=CONFIG)
+    text = slices(f"{source('a', 0, 3)}, {source('more', 0, 3)}")
+    refused(4, "layer 1 of ./more has 1 tensor (model.layers.0.mlp.extra.weight) that", text)
+
+
+def test_a_kind_of_layer_out_of_its_place_is_refused_unless_the_config_tells_kinds_apart() -> None:
+    first = weights(4) | {"model.layers.0.attn.relative.weight": torch.ones(2, 2)}
+    write_checkpoint(Path("first"), first, config=CONFIG)
+    merged(slices(source("first", 0, 2), source("first", 1, 3)))
+    said = "output layer 2 would have other tensors than layer 2 of ./first"
+    refused(4, said, slices(source("first", 0, 2), source("first", 0, 2)), "other")
+    typed = {**CONFIG, "layer_types": ["relative", "plain", "plain"]}
+    write_checkpoint(Path("typed"), first, config=typed)
+    merged(slices(source("typed", 0, 2), source("typed", 0, 2)), "typed_out")
+    config = json.loads(Path("typed_out/config.json").read_text())
+    assert config["layer_types"] == ["relative", "plain", "relative", "plain"]
+
+
+def test_constants_in_layers_that_only_some_checkpoints_hold_are_copied() -> None:
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    old = weights(4) | {name.format(i): torch.full((4,), float(i)) for i in range(3)}
+    write_checkpoint(Path("old"), old, config=CONFIG)
+    merged(slices(f"{source('old', 1, 3)}, {source('a', 0, 2)}"))
+    assert torch.equal(tensors()[name.format(0)], torch.ones(4))
+
+
+# ---- several stacks
+
+
+@pytest.fixture
+def t5() -> None:
+    from tests.checkpoints import tiny_t5
+
+    for seed, name in enumerate(("t", "u")):
+        tiny_t5(Path(name), seed=seed, layers=3)
+
+
+ENCODER = """merge_method: linear
+parameters: {weight: 1}
+modules:
+  encoder:
+    slices:
+      - sources: [{model: ./t, layer_range: [0, 2]}]
+      - sources: [{model: ./u, layer_range: [1, 3]}]
+  decoder: {models: [{model: ./t}, {model: ./u}], parameters: {weight: 3}}
+  shared: {models: [{model: ./u}]}
+"""
+
+
+@pytest.mark.usefixtures("t5")
+def test_each_stack_of_a_model_is_sliced_by_the_name_of_its_module() -> None:
+    import transformers
+
+    merged(ENCODER)
+    out, t, u = tensors(), tensors("t"), tensors("u")
+    assert same(inside(out, "encoder.block.3."), inside(u, "encoder.block.2."))
+    assert same(inside(out, "encoder.block.1."), inside(t, "encoder.block.1."))
+    assert torch.equal(out["shared.weight"], u["shared.weight"])
+    norm = "final_layer_norm.weight"
+    assert torch.equal(out[f"encoder.{norm}"], u[f"encoder.{norm}"])
+    for got, one, other in zip(*(inside(m, "decoder.block.2.") for m in (out, t, u)), strict=True):
+        assert torch.allclose(got, (one + other) / 2, atol=1e-6)
+    config = json.loads(Path("out/config.json").read_text())
+    assert (config["num_layers"], config["num_decoder_layers"]) == (4, 3)
+    _, told = transformers.AutoModelForSeq2SeqLM.from_pretrained("out", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert cli("verify", "out", "--full").exit_code == 0
+
+
+def inside(found: dict[str, Tensor], prefix: str) -> list[Tensor]:
+    return [found[name] for name in sorted(found) if name.startswith(prefix)]
+
+
+@pytest.mark.usefixtures("t5")
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  shared:", "  sharde:", "9:3: ./t has no module 'sharde'; did you mean 'shared'?"),
+        ("  shared: {models: [{model: ./u}]}\n", "", "3:1: modules leaves out shared, which"),
+        ("{models: [{model: ./u}]}", "{}", "9:3: module 'shared' has neither models nor slices"),
+        ("  encoder:", "  encoder.block:\n    models: [{model: ./t}]\n  encoder:", "by another"),
+    ],
+)
+def test_modules_that_are_not_the_models_are_refused(old: str, new: str, said: str) -> None:
+    result = cli("check", "-", text=ENCODER.replace(old, new))
+    assert result.exit_code in (3, 4)
+    assert said in result.stderr
+
+
+@pytest.mark.usefixtures("t5")
+def test_slices_of_a_model_with_several_stacks_name_modules() -> None:
+    said = "2:1: ./t has several stacks of layers (decoder, encoder, shared); slice each under"
+    refused(3, said, slices(source("t", 0, 1)))
+
+
+def test_the_module_of_a_model_with_one_stack_is_default() -> None:
+    text = f"{HEAD}parameters: {{weight: 1}}\nmodules: {{default: {{slices: [{{sources: ["
+    merged(f"{text}{source('a', 1, 3)}]}}]}}}}\n")
+    assert same(layer(tensors(), 0), layer(tensors("a"), 1))
+    models = "modules: {default: {models: [{model: ./a}, {model: ./b}], parameters: {weight: 2}}}"
+    merged(f"{HEAD}{models}\n", "both")
+    pairs = zip(*(layer(tensors(m), 2) for m in ("both", "a", "b")), strict=True)
+    assert all(torch.allclose(got, (one + two) / 2, atol=1e-6) for got, one, two in pairs)
+    refused(4, "./tall has 5 layers, ./a 3", f"{HEAD}{models}\n".replace("/b", "/tall"), "no")

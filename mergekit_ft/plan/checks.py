@@ -71,6 +71,20 @@ def check_slices(reading: Reading) -> None:
             reading.add((*part.path, i, "layer_range"), f"{message}take equally many")
 
 
+def check_modules(reading: Reading) -> None:
+    """Report modules that list nothing, or both models and slices."""
+    assert reading.plan is not None
+    for name, module in reading.plan.modules.items():
+        path: Keys = ("modules", name)
+        torn = any(_is_torn(reading, (*path, word)) for word in ("models", "slices"))
+        if module.models and module.slices:
+            message = f"module '{name}' has both models and slices; keep one"
+            reading.add((*path, "slices"), message, key=True)
+        elif not module.models and not module.slices and not torn:
+            message = f"module '{name}' has neither models nor slices; list one"
+            reading.add(path, message, key=True)
+
+
 def length(item: InputSlice) -> int:
     """Return how many layers a slice has."""
     return item.layer_range[1] - item.layer_range[0]

@@ -14,6 +14,7 @@ from mergekit_ft.plan import marks
 from mergekit_ft.plan.checks import (
     adjustments,
     check_models,
+    check_modules,
     check_slices,
     check_then,
     check_twice,
@@ -107,6 +108,7 @@ def _read_tree(tree: marks.Tree, file: str, text: str, lenient: bool) -> Reading
 def _check(reading: Reading) -> None:
     method = method_of(reading)
     check_twice(reading)
+    check_modules(reading)
     check_slices(reading)
     check_then(reading)
     check_tokenizer(reading)

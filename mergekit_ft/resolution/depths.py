@@ -76,6 +76,17 @@ def depths(
     return found
 
 
+def speaks(config: Config) -> bool:
+    """Say whether a config tells kinds of layers apart, so that their tensors may differ."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    words = {*NAMED, *PERIODS, *STARTS}
+    return any(
+        key in words or (isinstance(value, list) and value and INDICES.fullmatch(key))
+        for part in parts
+        for key, value in part.items()
+    )
+
+
 def _counts(config: Config, words: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Yield the keys that count layers, by dotted path, the most telling first."""
     inner = [key for key in config if key.endswith("_config") or key in TEXT_CONFIGS]

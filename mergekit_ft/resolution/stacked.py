@@ -12,9 +12,10 @@ from mergekit_ft.plan import Reading, referred
 from mergekit_ft.plan.marks import Keys
 from mergekit_ft.plan.parameters import Seat
 from mergekit_ft.resolution.columns import Column, Slice, Taken
-from mergekit_ft.resolution.conservation import own_heads
+from mergekit_ft.resolution.conservation import BUFFER, own_heads
 from mergekit_ft.resolution.found import Resolution
 from mergekit_ft.resolution.heights import Heights
+from mergekit_ft.resolution.kinds import Kinds
 from mergekit_ft.resolution.leftovers import named, notes, untaken, unused
 from mergekit_ft.resolution.making import Maker, numbered, ref_of
 from mergekit_ft.resolution.modules import columns
@@ -52,6 +53,7 @@ class StackedResolver:
         self.columns = columns(reading, self.donor, self.mine, self.heights)
         self.lookups = {lookup.part.path: lookup for lookup in reading.lookups}
         self.alone: dict[str, list[str]] = {}
+        self.constants: set[str] = set()  # in layers, which not every model holds
         self.lacking: dict[tuple[Keys, str], list[str]] = {}
         self.maker = Maker(reading, self.plan)
 
@@ -106,16 +108,13 @@ class StackedResolver:
 
     def _inside(self, column: Column) -> Iterator[Wanted]:
         """Yield the tensors of a column's layers, as the first source of each slice has them."""
-        by_layer: dict[tuple[Any, int], list[str]] = {}
-        for key in {t.model.key for one in column.slices for t in one.taken[:1]}:
-            for name, place in self.places[key].items():
-                if place.layer is not None and place.stack == column.stack:
-                    by_layer.setdefault((key, place.layer), []).append(name)
+        kinds = Kinds(self.opened, self.places, column)
         for layer, one in column.rows():
             first = one.taken[0]
-            number = one.layer_of(first, layer)
-            for name in by_layer.get((first.model.key, number), ()):
+            for name in kinds.names(first.model.key, one.layer_of(first, layer)):
                 yield self._in_layer(name, layer, column, one)
+        for path, message in kinds.misfits(self.donor):
+            self.reading.add(path, message, kind="source")
 
     def _in_layer(self, name: str, layer: int, column: Column, one: Slice) -> Wanted:
         own = self.places[one.taken[0].model.key][name]
@@ -130,8 +129,8 @@ class StackedResolver:
         info = first[wanted.name if outside else wanted.names[wanted.slice.taken[0].path]]
         if not self._fits(wanted, info, outside):
             return
-        if outside and wanted.name in self.alone:
-            yield self._copy_of(wanted, info)
+        if wanted.name in self.alone or wanted.name in self.constants:
+            yield self._copy_of(wanted, Ref(first, info.name, info))
             return
         lookup = self.lookups[wanted.slice.part.path]
         rows = [self._taken(wanted.slice, model.key) for model in lookup.members()]
@@ -152,11 +151,10 @@ class StackedResolver:
         template = Ref(first, info.name, info)
         yield self.maker.made(task, template, lookup, self._seats(wanted, rows, task), depth)
 
-    def _copy_of(self, wanted: Wanted, info: TensorInfo) -> Task:
-        """Return the task of a tensor that the donor alone has."""
-        own, ids = Ref(self.donor, info.name, info), ()
-        stored = self.maker.stored(info)
-        return Task(info.name, info.name, info.shape, stored, wanted.place, None, (), ids, copy=own)
+    def _copy_of(self, wanted: Wanted, own: Ref) -> Task:
+        """Return the task of a tensor that not every model has."""
+        name, stored = wanted.name, self.maker.stored(own.info)
+        return Task(name, name, own.info.shape, stored, wanted.place, None, (), (), copy=own)
 
     def _taken(self, one: Slice, key: Any) -> Taken:
         return next(taken for taken in one.taken if taken.model.key == key)
@@ -183,16 +181,20 @@ class StackedResolver:
             source, name = self.opened[taken.model.key], wanted.names[taken.path]
             found = source.locate(name)
             if found is None:
-                fits &= self._lacks(taken, name, outside)
+                fits &= self._lacks(taken, wanted, outside)
             elif not _alike(source[found], info):
                 self._differs(taken, source, source[found], info)
                 fits = False
         return fits
 
-    def _lacks(self, taken: Taken, name: str, outside: bool) -> bool:
-        """Note a tensor that a model lacks; say whether the donor's can stand for it."""
+    def _lacks(self, taken: Taken, wanted: Wanted, outside: bool) -> bool:
+        """Note a tensor that a model lacks; say whether another's can stand for it."""
+        name = wanted.names[taken.path]
         if outside and name in self.heights.conserved(self.donor, taken.model.key):
-            self.alone.setdefault(name, []).append(str(taken.model))
+            self.alone.setdefault(wanted.name, []).append(str(taken.model))
+            return True
+        if not outside and BUFFER.fullmatch(name):
+            self.constants.add(wanted.name)
             return True
         self.lacking.setdefault((taken.path, str(taken.model)), []).append(name)
         return False

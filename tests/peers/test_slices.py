@@ -209,3 +209,51 @@ def test_what_comes_after_the_layers_takes_every_source_of_the_last_slice(
         assert float((ours[name] - wanted).abs().max()) < NEAR
         ours[name] = theirs[name]
     assert_near(ours, theirs)
+
+
+def test_stacks_of_a_model_that_has_several_give_what_the_peer_gives(
+    peer: Peer, checkpoints: Checkpoints
+) -> None:
+    f = checkpoints("t5_gated", layers=LAYERS)
+    one, two = f.tuned[:2]
+    encoder = [
+        {"sources": [taken(one, 0, 2, weight=[1, 2]), taken(two, 0, 2)]},
+        {"sources": [taken(one, 1, 3), taken(two, 2, 4)], "parameters": {"weight": 0.3}},
+    ]
+    models = [{"model": one, "parameters": {"weight": [0.1, 0.9]}}, {"model": two}]
+    plan: Plan = {
+        "merge_method": "linear",
+        "dtype": "float32",
+        "parameters": {"weight": 1},
+        "modules": {
+            "encoder": {"slices": encoder, "parameters": {"weight": 0.6}},
+            "decoder": {"models": models},
+            "shared": {"models": models},
+        },
+    }
+    with mergekit_ft.open_plan(text_of(plan)) as merged:
+        ours = dict(merged.items())
+    assert_near(ours, peer.merge(plan))
+
+
+@pytest.mark.parametrize("family_name", ["llama", "gpt2"])
+def test_a_passthrough_stack_is_bit_for_bit_the_peers(
+    peer: Peer, checkpoints: Checkpoints, family_name: str
+) -> None:
+    f = checkpoints(family_name, layers=LAYERS)
+    out = {"llama": "o_proj", "gpt2": "c_proj"}[family_name]
+    quiet = [{"filter": out, "value": 0.0}, {"filter": "down_proj", "value": 0.5}, {"value": 1.0}]
+    plan = {
+        "merge_method": "passthrough",
+        "dtype": "float32",
+        "slices": [
+            {"sources": [taken(f.tuned[0], 0, 3)]},
+            {"sources": [taken(f.tuned[0], 1, 3, scale=quiet if family_name == "llama" else 0.5)]},
+            {"sources": [taken(f.tuned[1], 2, 4)]},
+        ],
+    }
+    with mergekit_ft.open_plan(text_of(plan)) as merged:
+        ours = dict(merged.items())
+    theirs = peer.merge(plan)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
