@@ -473,3 +473,9 @@ def test_the_module_of_a_model_with_one_stack_is_default() -> None:
     pairs = zip(*(layer(tensors(m), 2) for m in ("both", "a", "b")), strict=True)
     assert all(torch.allclose(got, (one + two) / 2, atol=1e-6) for got, one, two in pairs)
     refused(4, "./tall has 5 layers, ./a 3", f"{HEAD}{models}\n".replace("/b", "/tall"), "no")
+
+
+def test_migrate_says_where_the_end_of_a_stack_is_another() -> None:
+    text = slices(source("a", 0, 1), f"{source('a', 1, 3)}, {source('b', 1, 3)}")
+    result = cli("migrate", "-", text=text)
+    assert "take every source of the last slice" in result.output

@@ -11,7 +11,7 @@ from typing import Any
 
 from mergekit_ft import registry
 from mergekit_ft.errors import Fault, MergekitError, PlanError
-from mergekit_ft.plan import Plan, Reading
+from mergekit_ft.plan import Plan, Reading, referred
 from mergekit_ft.plan.pruning import embedded, stripped
 from mergekit_ft.plan.reader import load, read_text
 from mergekit_ft.plan.tokenizers import vocabulary_words
@@ -102,9 +102,20 @@ def _stripped(text: str, removed: list[Fault], opening: dict[str, Any]) -> tuple
     raise PlanError([replace(fault, file="the plan so far") for fault in removed])
 
 
+def _of_slices(plan: Plan) -> Iterator[str]:
+    """Say where a stack's end is another."""
+    stacks = [plan.slices, *(module.slices for module in plan.modules.values())]
+    if any(stack and len(stack[-1].sources) > len(stack[0].sources) for stack in stacks):
+        yield (
+            "the norm and the head after the layers take every source of the last slice; mergekit "
+            "takes only as many as the first slice has"
+        )
+
+
 def _differences(plan: Plan) -> Iterator[str]:
     """Say in what the merge differs from mergekit's, and why."""
-    if plan.base_model is None and len(plan.models) > 1:
+    yield from _of_slices(plan)
+    if plan.base_model is None and len({model.key for _, model in referred(plan)}) > 1:
         yield (
             "config, tokenizer and side files are the first model's; mergekit takes those of one "
             "of the models, and not always of the same"

@@ -83,17 +83,20 @@ class Column:
         return self.slices[-1] if last or AFTER.search(name) else self.slices[0]
 
 
-def slices_of(parts: Sequence[Part], layers: Mapping[Keys, int]) -> list[Slice]:
-    """Return the output's slices in order; whole models take all the layers that they have."""
+def slices_of(parts: Sequence[Part], layers: Mapping[Keys, int], based: bool) -> list[Slice]:
+    """Return the output's slices in order; whole models take all the layers that they have.
+
+    Where the merge is `based`, a base that is not listed takes what all others take.
+    """
     found: list[Slice] = []
     for part in parts:
-        taken = _taken(part, layers)
+        taken = _taken(part, layers, based)
         if taken:
             found.append(Slice(part, sum(one.layers for one in found), taken))
     return found
 
 
-def _taken(part: Part, layers: Mapping[Keys, int]) -> tuple[Taken, ...]:
+def _taken(part: Part, layers: Mapping[Keys, int], based: bool) -> tuple[Taken, ...]:
     found = []
     for i, item in enumerate(part.items):
         path = (*part.path, i)
@@ -103,6 +106,6 @@ def _taken(part: Part, layers: Mapping[Keys, int]) -> tuple[Taken, ...]:
         found.append(Taken(item.model, path, first, end, is_base))
     ranges = {(one.first, one.end) for one in found}
     listed = any(one.base for one in found)
-    if part.base is not None and not listed and len(ranges) == 1:
+    if based and part.base is not None and not listed and len(ranges) == 1:
         found.append(Taken(part.base, part.base_path, *next(iter(ranges)), base=True))
     return tuple(found)

@@ -88,7 +88,7 @@ def _fill(reading: Reading, column: Column, held: Sequence[Part], heights: Heigh
         fits = [_fits(reading, column, part, i, heights, layers) for i in range(len(part.items))]
         if all(fits) and _even(part):
             kept.append(part)
-    column.slices = slices_of(kept, layers)
+    column.slices = slices_of(kept, layers, _is_based(reading))
 
 
 def _fits(
@@ -111,12 +111,25 @@ def _fits(
     if item.layer_range[1] <= count:
         return True
     first, end = item.layer_range
+    if not count:
+        message = f"{item.model} has no layers in {column.stack}, where those of the output are"
+        reading.add((*path, "model"), message, kind="source")
+        return False
     message = f"layer_range [{first}, {end}] reaches past the end of {item.model}, which has "
     message += f"{count} layers ({column.stack or '(top)'} 0..{count - 1})"
     if first < count:
         message += f"; the last is in [{first}, {count}]"
     reading.add((*path, "layer_range"), message, kind="source")
     return False
+
+
+def _is_based(reading: Reading) -> bool:
+    """Say whether the base is a model apart that each slice needs."""
+    from mergekit_ft.contract import Base
+
+    if reading.lookup is None or reading.plan is None:
+        return False
+    return reading.lookup.method.base is not Base.IGNORED or bool(reading.plan.then)
 
 
 def _even(part: Part) -> bool:
