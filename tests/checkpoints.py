@@ -49,7 +49,7 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def _save(model: Any, folder: Path, dtype: torch.dtype, shards: int) -> Path:
+def save(model: Any, folder: Path, dtype: torch.dtype, shards: int) -> Path:
     """Save as transformers does; `shards` is how many files to aim at."""
     model = model.to(dtype).eval()
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
@@ -79,7 +79,7 @@ def tiny_llama(
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
     }
-    return _save(LlamaForCausalLM(LlamaConfig(**{**options, **config})), folder, dtype, shards)
+    return save(LlamaForCausalLM(LlamaConfig(**{**options, **config})), folder, dtype, shards)
 
 
 def tiny_qwen2(
@@ -105,7 +105,7 @@ def tiny_qwen2(
         "max_position_embeddings": 64,
         "tie_word_embeddings": True,
     }
-    return _save(Qwen2ForCausalLM(Qwen2Config(**{**options, **config})), folder, dtype, shards)
+    return save(Qwen2ForCausalLM(Qwen2Config(**{**options, **config})), folder, dtype, shards)
 
 
 def tiny_gpt2(
@@ -130,7 +130,7 @@ def tiny_gpt2(
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    return _save(GPT2LMHeadModel(GPT2Config(**{**options, **config})), folder, dtype, shards)
+    return save(GPT2LMHeadModel(GPT2Config(**{**options, **config})), folder, dtype, shards)
 
 
 def tiny_bert(
@@ -154,7 +154,7 @@ def tiny_bert(
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
     }
-    return _save(BertForMaskedLM(BertConfig(**{**options, **config})), folder, dtype, shards)
+    return save(BertForMaskedLM(BertConfig(**{**options, **config})), folder, dtype, shards)
 
 
 def tiny_t5(
@@ -179,6 +179,6 @@ def tiny_t5(
         "num_heads": 4,
         "decoder_start_token_id": 0,
     }
-    return _save(
+    return save(
         T5ForConditionalGeneration(T5Config(**{**options, **config})), folder, dtype, shards
     )

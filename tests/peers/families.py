@@ -60,6 +60,7 @@ def _bert(class_name: str, folder: Path, *, shards: int, dtype: torch.dtype, lay
 _LLAMA = Words("self_attn", "mlp", "layernorm")
 _BERT = Words("attention.self", "intermediate", "LayerNorm")
 _T5 = Words("Attention", "DenseReluDense", "layer_norm")
+_MIXTURE = Words("self_attn", "experts", "layernorm")
 _GATED_T5 = partial(checkpoints.tiny_t5, feed_forward_proj="gated-gelu")
 INFERRED = "UnknownToThePeer"  # such an architecture it infers from the tensors
 
@@ -73,9 +74,11 @@ BUILDERS: dict[str, tuple[Callable[..., Path], Words, str | None]] = {
     "bert_encoder": (partial(_bert, "BertModel"), _BERT, INFERRED),
     "t5_gated": (_GATED_T5, _T5, None),
     "t5": (checkpoints.tiny_t5, _T5, INFERRED),
-    "mixtral": (mixtures.fused_mixtral, Words("self_attn", "experts", "layernorm"), None),
+    "mixtral": (mixtures.fused_mixtral, _MIXTURE, None),
+    "mixtral_apart": (mixtures.tiny_mixtral, _MIXTURE, None),
 }
-MERGED = [name for name in BUILDERS if name != "bert_encoder"]  # by the peer, in some way
+APART = ("bert_encoder", "mixtral_apart")  # the peer merges none, or under other names
+MERGED = [name for name in BUILDERS if name not in APART]
 
 
 def build(

@@ -9,14 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.checkpoints import VOCABULARY, WIDTH, write_checkpoint
+from tests.checkpoints import VOCABULARY, WIDTH, save, write_checkpoint
 from tests.peers.peer import tensors_of
 
 EXPERTS = 2
 
 
 def tiny_mixtral(
-    folder: Path, seed: int = 0, *, dtype: torch.dtype = torch.float32, layers: int = 2
+    folder: Path,
+    seed: int = 0,
+    *,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 2,
 ) -> Path:
     """Write a random Mixtral as transformers does: each expert's matrices apart."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -25,8 +30,7 @@ def tiny_mixtral(
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 24}
     heads = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MixtralConfig(**sizes, **heads, num_local_experts=EXPERTS)
-    MixtralForCausalLM(config).to(dtype).save_pretrained(folder)
-    return folder
+    return save(MixtralForCausalLM(config), folder, dtype, shards)
 
 
 def fused_mixtral(
