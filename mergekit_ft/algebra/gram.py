@@ -74,15 +74,17 @@ def _products(block: Block) -> Tensor:
     def reduce(cell: slice) -> list[Tensor]:
         runs = range(cell.start, cell.stop, RUN)
         parts = [_of_run(block, slice(start, min(start + RUN, cell.stop))) for start in runs]
-        return list(torch.stack(parts).sum(0).unbind())
+        found = torch.stack(parts).sum(0)
+        return [found[i, j] for i, j in pairs(len(block.tuned))]
 
     return by_cell(block.n, reduce, block.cell)
 
 
 def _of_run(block: Block, run: slice) -> Tensor:
-    """Return (pairs,) the dot products over a run of elements."""
-    rows = [exact(row[run]) for row in block.tuned]
+    """Return (k, k) the dot products over a run of elements."""
+    tuned = block.tuned[:, run]
+    rows = exact(tuned)
     if block.base.numel():
         base = exact(block.base[run])
-        rows = [row - base for row in rows]
-    return torch.stack([(rows[i] * rows[j]).sum() for i, j in pairs(len(rows))])
+        rows = rows - base if rows is tuned else rows.sub_(base)
+    return rows @ rows.T
