@@ -208,6 +208,16 @@ def test_a_stack_with_adapters_and_a_union_of_tokens() -> None:
     holds(plan, stack((a, 0, 2), (b, 0, 3)), within=1e-6)
 
 
+def test_an_architecture_that_mergekit_is_told_of_changes_nothing_and_is_said_so() -> None:
+    model = "{model: ./a, lora: ./lora, override_architecture: MyLlama}"
+    held = adapted(tensors("a"), 1)
+    plan = passthrough(source(model, 0, 2), source("./a", 1, 3))
+    holds(plan, stack((held, 0, 2), (tensors("a"), 1, 3)), within=1e-6)
+    said = cli("check", "-", text=plan).stdout
+    assert said.count("./a+./lora: override_architecture (MyLlama) changes nothing") == 1
+    assert "MyLlama" not in Path("out/config.json").read_text()
+
+
 # ---- stacks of FP8 and of experts
 
 

@@ -400,6 +400,18 @@ def test_every_spelling_of_a_model_means_the_same(raw: Any) -> None:
     assert ModelReference.model_validate(raw) == ModelReference(path="org/m", revision="v1")
 
 
+def test_an_architecture_is_read_as_text_and_makes_no_other_model() -> None:
+    words = {"model": {"path": "org/m", "revision": "v1"}, "override_architecture": "LlamaForCausalLM"}
+    model = ModelReference.model_validate(words)
+    assert model.override_architecture == "LlamaForCausalLM"
+    assert model.key == ModelReference(path="org/m", revision="v1").key
+    text = "merge_method: mean\nmodels:\n  - model: {model: a, override_architecture: [x]}\n"
+    reading = read(text + "    parameters: {weight: 1}\n")
+    assert [str(fault) for fault in reading.faults] == [
+        "plan:3:23: override_architecture must be text"
+    ]
+
+
 def test_a_windows_drive_is_part_of_a_path() -> None:
     assert ModelReference.model_validate("C:\\models\\m").path == "C:\\models\\m"
 

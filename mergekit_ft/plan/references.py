@@ -17,6 +17,7 @@ Key = tuple[str | None, ...]  # what two references to the same checkpoint share
 At = tuple[str | int, ...]
 Words = dict[str, Any]
 _ADAPTER = ("adapter", "lora")  # ours and mergekit's word
+_ARCHITECTURE = "override_architecture"
 
 
 def refuse(message: str, at: At = (), *, aside: bool = False) -> NoReturn:
@@ -60,6 +61,7 @@ class ModelReference(PlanWords):
     path: str
     revision: str | None = None
     adapter: AdapterReference | None = None
+    override_architecture: str | None = None  # mergekit's; here tensors match by name
 
     @model_validator(mode="before")
     @classmethod
@@ -179,22 +181,29 @@ def _part(text: str) -> Words:
 
 
 def _from_object(raw: Words) -> Words:
-    """Read {path, revision} or {model}, either with an adapter."""
-    if raw.get("override_architecture") is not None:
-        refuse("'override_architecture' is not supported yet", ("override_architecture",))
+    """Read {path, revision} or {model}, either with an adapter or an architecture."""
     given = [key for key in _ADAPTER if raw.get(key) is not None]
     if len(given) > 1:
         refuse("'adapter' and 'lora' are one thing; give one", ("lora",))
-    rest = {key: raw[key] for key in raw if key not in (*_ADAPTER, "override_architecture")}
-    _refuse_unknown(rest, ("model", "path", "revision"), (*_ADAPTER, "model", "path", "revision"))
+    rest = {key: raw[key] for key in raw if key not in (*_ADAPTER, _ARCHITECTURE)}
+    valid = (*_ADAPTER, "model", "path", "revision", _ARCHITECTURE)
+    _refuse_unknown(rest, ("model", "path", "revision"), valid)
     if ("path" not in rest and set(rest) != {"model"}) or {"path", "model"} <= set(rest):
         refuse("a model is PATH@REVISION, {path, revision} or {model}")
     words = _from_path(rest) if "path" in rest else _below(_inner, rest["model"], "model")
+    words |= _architecture(raw)
     if not given:
         return words
     if words.get("adapter") is not None:
         refuse("the model has an adapter already; name one of the two", (given[0],))
     return words | {"adapter": _below(_adapter, raw[given[0]], given[0])}
+
+
+def _architecture(raw: Words) -> Words:
+    named = raw.get(_ARCHITECTURE)
+    if not isinstance(named, str | None):
+        refuse(f"{_ARCHITECTURE} must be text", (_ARCHITECTURE,))
+    return {} if named is None else {_ARCHITECTURE: named}
 
 
 def _inner(raw: Any) -> Words:

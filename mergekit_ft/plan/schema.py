@@ -26,18 +26,23 @@ _ADAPTER: Json = {
     "description": "an adapter to put on the model: a folder, or a Hub id",
     "anyOf": [_TEXT, _PATH, {"type": "null"}],
 }
+_ARCHITECTURE: Json = {
+    "description": "of mergekit; changes nothing: tensors are matched by name and shape",
+    "type": ["string", "null"],
+}
+_ON_MODEL: Json = {
+    "adapter": _ADAPTER,
+    "lora": _ADAPTER,
+    "override_architecture": _ARCHITECTURE,
+}
 _MODEL: Json = {
     "description": "a folder, or a Hub id with an optional @revision; +ADAPTER puts one on it",
     "anyOf": [
         _TEXT,
-        {**_PATH, "properties": _PATH["properties"] | {"adapter": _ADAPTER, "lora": _ADAPTER}},
+        {**_PATH, "properties": _PATH["properties"] | _ON_MODEL},
         {
             "type": "object",
-            "properties": {
-                "model": {"anyOf": [_TEXT, _PATH]},
-                "adapter": _ADAPTER,
-                "lora": _ADAPTER,
-            },
+            "properties": {"model": {"anyOf": [_TEXT, _PATH]}} | _ON_MODEL,
             "required": ["model"],
             "additionalProperties": False,
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mergekit_ft.layers import places
+from mergekit_ft.plan.stages import references
 from mergekit_ft.resolution.found import Resolution
 from mergekit_ft.resolution.stack import runs, span
 from mergekit_ft.sources import Source, TensorInfo
@@ -68,6 +69,7 @@ def notes(found: Resolution) -> Iterator[str]:
     """Say what is not used, and what is stored in another dtype than it was read."""
     donor = found.donor
     stored = {task.name: task.dtype for task in found.tasks}
+    yield from dict.fromkeys(_overridden(found))
     yield from dict.fromkeys(note for source in found.sources for note in source.notes)
     for lacking, names in _by_lacking(found).items():
         yield f"{donor.reference}: {named(names)} copied as they are, for {lacking} has none"
@@ -86,6 +88,15 @@ def notes(found: Resolution) -> Iterator[str]:
             yield (
                 f"{source.reference}: {named(other)} stored as {source[first].kept}, "
                 f"{donor[first].kept} in {donor.reference}; the output is {stored[first]}"
+            )
+
+
+def _overridden(found: Resolution) -> Iterator[str]:
+    for _, model in references(found.plan):
+        if model.override_architecture is not None:
+            yield (
+                f"{model}: override_architecture ({model.override_architecture}) changes nothing: "
+                "tensors are matched by name and shape, for any architecture"
             )
 
 
