@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import heapq
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -232,11 +234,12 @@ class Crew:
             for i in range(self.threads)
         ]
         try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)  # so that Ctrl-C is heard
+            with _hearing(shift.stop):
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    while worker.is_alive():
+                        worker.join(0.2)  # so that Ctrl-C is heard
         except BaseException as error:
             shift.stop(error)
             raise
@@ -246,6 +249,23 @@ class Crew:
             torch.set_num_threads(before)
         if shift.error is not None:
             raise shift.error
+
+
+@contextmanager
+def _hearing(stop: Callable[[BaseException], None]) -> Iterator[None]:
+    """Let Ctrl-C stop the work instead of being raised wherever the main thread stands.
+
+    Raised while a thread's start or end is awaited, it would leave the thread running unseen.
+    """
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: stop(KeyboardInterrupt()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Shift:

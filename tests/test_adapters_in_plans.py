@@ -305,6 +305,7 @@ def test_an_adapter_named_as_a_model_is_told_how_to_write_it() -> None:
         (dict(list(factors(1).items())[:1]), {}, "has no lora_B"),
         (dict(list(factors(1).items())[1:]), {}, "has no lora_A"),
         (factors(1), {"use_dora": True}, "has no magnitude of DoRA"),
+        (factors(1), {"lora_bias": True}, "has no bias, but lora_bias is True"),
         (
             factors(1) | {f"{PREFIX}{UP}.lora_magnitude_vector": torch.ones(6)},
             {},

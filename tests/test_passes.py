@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -531,3 +533,38 @@ def test_one_block_that_differs_makes_a_tensor_changed_whoever_is_last(
     monkeypatch.setattr(passes, "_differs", differs)
     changed = run(plan("task_arithmetic", home), Recording(), threads=2)
     assert changed["model.layers.0.w"]
+
+
+def test_after_ctrl_c_no_worker_is_left_at_work() -> None:
+    begun, ended = [], []
+
+    def piece(station: Any) -> None:
+        begun.append(1)
+        time.sleep(0.4)
+        ended.append(1)
+
+    def interrupt() -> None:
+        while len(begun) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)  # the crew waits for its workers by now
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    with pytest.raises(KeyboardInterrupt):
+        Crew(2, torch.device("cpu")).run([iter([[piece, piece, piece]])])
+    assert len(begun) == len(ended) == 2
+    other.join()
+
+
+def test_ctrl_c_while_a_worker_starts_leaves_none_behind(monkeypatch: Any) -> None:
+    start = threading.Thread.start
+
+    def interrupted(worker: Any) -> None:
+        wait = worker._started.wait
+        worker._started.wait = lambda *given: (os.kill(os.getpid(), signal.SIGINT), wait(*given))
+        start(worker)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Crew(2, torch.device("cpu")).run([iter([[lambda station: time.sleep(0.1)] * 4])])
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("merge-")]

@@ -401,7 +401,10 @@ def test_every_spelling_of_a_model_means_the_same(raw: Any) -> None:
 
 
 def test_an_architecture_is_read_as_text_and_makes_no_other_model() -> None:
-    words = {"model": {"path": "org/m", "revision": "v1"}, "override_architecture": "LlamaForCausalLM"}
+    words = {
+        "model": {"path": "org/m", "revision": "v1"},
+        "override_architecture": "LlamaForCausalLM",
+    }
     model = ModelReference.model_validate(words)
     assert model.override_architecture == "LlamaForCausalLM"
     assert model.key == ModelReference(path="org/m", revision="v1").key

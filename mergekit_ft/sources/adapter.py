@@ -151,6 +151,8 @@ def _faults(adapter: Adapter, found: Factors) -> Iterator[str]:
     if config.dora != (found.magnitude is not None):
         held = "no" if config.dora else "a"
         yield f"{module} has {held} magnitude of DoRA, but use_dora is {config.dora}"
+    if config.biased and found.bias is None and not found.table:
+        yield f"{module} has no bias, but lora_bias is True"
     if len(found.a.shape) != 2 or len(found.b.shape) != 2:
         yield f"{module} is a convolution (its factors are no matrices), which is not supported"
         return

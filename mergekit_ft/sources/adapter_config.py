@@ -30,6 +30,7 @@ READ = frozenset(
         "r",
         "lora_alpha",
         "use_rslora",
+        "lora_bias",
         "use_dora",
         "fan_in_fan_out",
         "rank_pattern",
@@ -50,7 +51,6 @@ WITHOUT_EFFECT = frozenset(  # of training, or said again by the tensors themsel
         "layers_pattern",
         "layers_to_transform",
         "loftq_config",
-        "lora_bias",
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
@@ -76,6 +76,7 @@ class AdapterConfig:
     alpha: float
     rslora: bool
     dora: bool
+    biased: bool  # `lora_bias`
     transposed: bool  # `fan_in_fan_out`
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
@@ -106,6 +107,7 @@ def read_config(words: Mapping[str, Any], where: str) -> AdapterConfig:
         alpha,
         bool(words.get("use_rslora")),
         bool(words.get("use_dora")),
+        bool(words.get("lora_bias")),
         bool(words.get("fan_in_fan_out")),
         _patterns(words, "rank_pattern", where, whole=True),
         _patterns(words, "alpha_pattern", where),
