@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 TIMER = """
 import sys, time, yaml, torch
@@ -21,13 +20,6 @@ print("SECONDS", time.perf_counter() - began)
 """
 
 
-class Seconds(NamedTuple):
-    """How long one merge took."""
-
-    whole: float  # the process
-    beyond: float  # start and imports
-
-
 def python() -> str | None:
     """Return a python that has mergekit: MERGEKIT_PEER, else the one in .venv-peer."""
     here = Path(__file__).resolve().parent.parent / ".venv-peer" / "bin" / "python"
@@ -35,13 +27,22 @@ def python() -> str | None:
     return named if Path(named).exists() else None
 
 
-def timed(peer: str, plan: Path, folder: Path) -> Seconds:
-    """Merge once by mergekit, in a process of its own, and throw the result away."""
+def beyond_start(peer: str, plan: Path, folder: Path) -> float:
+    """Return the seconds of one merge by mergekit, its start and imports apart."""
     script, out = folder / "peer.py", folder / "peer"
     script.write_text(TIMER)
-    began = time.perf_counter()
     command = [peer, str(script), str(plan), str(out)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    whole = time.perf_counter() - began
     shutil.rmtree(out)
-    return Seconds(whole, float(said.split("SECONDS")[1]))
+    return float(said.split("SECONDS")[1])
+
+
+def whole_process(peer: str, plan: Path, folder: Path) -> float:
+    """Return the seconds of mergekit's own command, `mergekit-yaml`, for one merge."""
+    out = folder / "peer"
+    command = [str(Path(peer).with_name("mergekit-yaml")), str(plan), str(out), "--quiet"]
+    began = time.perf_counter()
+    subprocess.run([*command, "--no-write-model-card"], check=True, capture_output=True)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(out)
+    return seconds

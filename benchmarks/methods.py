@@ -118,7 +118,7 @@ def _measured(
     said += f"; {peak:4.0f} of {MEMORY} MiB{', MISSED' if peak > MEMORY else ''}"
     shutil.rmtree(out)
     if peer and row.peer:
-        theirs = _peer.timed(peer, plan, folder).beyond
+        theirs = _peer.beyond_start(peer, plan, folder)
         said += f"; mergekit {theirs / statistics.median(ours):.1f} x as long"
     return said
 

@@ -31,6 +31,7 @@ PLANS = {  # method: inputs besides the base, parameters of each
     "ties": (2, "weight: 0.5, density: 0.2"),
 }
 BARS = {"linear": 1.5, "task_arithmetic": 2.0, "ties": 6.0}
+PEER_PAIRS = 3
 PEER_BARS = {"linear": (4.0, 10.0), "ties": (15.0, 20.0)}  # whole process, beyond start
 
 
@@ -112,19 +113,20 @@ def _start_up() -> None:
 def _against_peer(method: str, models: list[Path], folder: Path, peer: str) -> None:
     """Print how many times longer mergekit takes, as a process and beyond its start."""
     plan, out = _plan(method, models, folder), folder / "out"
-    command = [sys.executable, "-m", "mergekit_ft", "merge", str(plan), str(out)]
-    whole_runs, inner_runs = [], []
-    for _ in range(3):
-        whole_runs.append(_seconds(lambda: subprocess.run([*command, "--quiet"], check=True)))
+    command = [sys.executable, "-m", "mergekit_ft", "merge", str(plan), str(out), "--quiet"]
+    whole, beyond = [], []
+    for _ in range(PEER_PAIRS):
+        ours = _seconds(lambda: subprocess.run(command, check=True))
         shutil.rmtree(out)
-        inner_runs.append(_seconds(lambda: merge(plan, out)))
+        whole.append(_peer.whole_process(peer, plan, folder) / ours)
+        ours = _seconds(lambda: merge(plan, out))
         shutil.rmtree(out)
-    ours, inner = statistics.median(whole_runs), statistics.median(inner_runs)
-    whole, beyond = _peer.timed(peer, plan, folder)
+        beyond.append(_peer.beyond_start(peer, plan, folder) / ours)
     bars = PEER_BARS[method]
     print(
-        f"{method:16s} mergekit takes {whole / ours:5.1f} x as a process (bar {bars[0]}), "
-        f"{beyond / inner:5.1f} x beyond start and imports (bar {bars[1]})"
+        f"{method:16s} mergekit-yaml takes {statistics.median(whole):5.1f} x as a process "
+        f"(bar {bars[0]}), {statistics.median(beyond):5.1f} x beyond start and imports "
+        f"(bar {bars[1]})"
     )
 
 
