@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mergekit_ft.errors import SourceError
@@ -300,13 +301,12 @@ class _Landing:
 
 def _rules() -> Iterator[Callable[[str], str]]:
     """Yield the ways in which the names of an adapter may differ from a checkpoint's."""
-    yield lambda name: name
-    for stem in STEMS:
-        yield lambda name, stem=stem: name.removeprefix(f"{stem}.")  # type: ignore[misc]
-        yield lambda name, stem=stem: f"{stem}.{name}"  # type: ignore[misc]
+    stems = [((f"{stem}.", ""), ("", f"{stem}.")) for stem in STEMS]
+    ways: list[Sequence[tuple[str, str]]] = [(), *([way] for both in stems for way in both)]
     for pairs in SIGHTED:
-        yield lambda name, pairs=pairs: _moved(name, pairs)  # type: ignore[misc]
-        yield lambda name, pairs=pairs: _moved(name, [pair[::-1] for pair in pairs])  # type: ignore[misc]
+        ways += [pairs, [pair[::-1] for pair in pairs]]
+    for way in ways:
+        yield partial(_moved, pairs=way)
 
 
 def _moved(name: str, pairs: Iterable[tuple[str, str]]) -> str:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class Recent(threading.local):
         if self._made is None or self._made[0] != name:
             self._made = None  # let go before more is taken
             self._made = (name, make())
-        return self._made[1]  # type: ignore[return-value]
+        return cast(Made, self._made[1])
 
     def clear(self) -> None:
         """Forget what this thread made."""
