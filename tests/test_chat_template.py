@@ -114,7 +114,10 @@ def test_a_template_that_the_base_has_already_leaves_its_files_alone() -> None:
 
 
 def test_auto_without_any_template_is_refused() -> None:
-    refused(3, "no model has a chat template (./a, ./b); name one", three(None, None) + "auto\n")
+    plan = three(None, None) + "auto\n"
+    refused(3, "no model has a chat template (./a, ./b); name one", plan)
+    said = merged(plan, "out", "--lenient").output  # mergekit sets none then
+    assert "no model has a chat template" in said and "(set aside)" in said
 
 
 def test_a_template_for_no_tokenizer_is_refused() -> None:

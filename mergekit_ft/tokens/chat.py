@@ -49,7 +49,8 @@ def _change(
     chosen = _chosen(asked, models)
     if chosen is None:
         named = ", ".join(model.reference for model in models)
-        reading.add(PATH, f"no model has a chat template ({named}); name one, or write its text")
+        message = f"no model has a chat template ({named}); name one, or write its text"
+        reading.add(PATH, message, aside=PATH)
         return None
     text, notes = chosen
     files = files_of(donor)
