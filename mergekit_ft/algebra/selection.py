@@ -40,6 +40,7 @@ class Cut(NamedTuple):
 
 
 Selection = Generator[tuple[Measure, ...], tuple[Tensor, ...], list[Cut | None]]
+Alongside = Generator[tuple[Measure, ...], tuple[Tensor, ...], tuple[list[Cut | None], Tensor]]
 Counting = Generator[tuple[Measure, ...], tuple[Tensor, ...], dict[int, Cut]]
 
 
@@ -64,6 +65,22 @@ def largest(counts: Sequence[int | None], deltas: Deltas, about: About) -> Selec
         for i, cut in counted.items():
             cuts[i] = cut
     return cuts
+
+
+def alongside(search: Selection, measure: Measure) -> Alongside:
+    """Make a measure in the first whole pass of a selection; return the cuts, and its total."""
+    made: Tensor | None = None
+    measures = next(search)
+    while True:
+        if made is None and all(asked.every == 1 for asked in measures):
+            made, *found = yield (measure, *measures)
+        else:
+            found = list((yield measures))
+        try:
+            measures = search.send(tuple(found))
+        except StopIteration as stop:
+            assert made is not None  # the last pass of a selection is a whole one
+            return stop.value, made
 
 
 def _by_counting(ranks: dict[int, int], deltas: Deltas, bits: int) -> Counting:

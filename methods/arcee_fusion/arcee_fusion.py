@@ -13,19 +13,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mergekit_ft.algebra import selection
 from mergekit_ft.algebra.cells import cells, exact
-from mergekit_ft.contract import About, Block, Grain, Operator, Survey, row_of
+from mergekit_ft.contract import About, Block, Grain, Measure, Operator, Survey, row_of
 
 QUARTILES = (0.25, 0.5, 0.75)
 SPREAD = 1.5  # quartile distances above the median an element stands out
 LEAST = 1e-8  # added to every probability
 AT = 1.0 - 1e-6  # of the threshold: what is as near below it as a rounding may be is at it
+SHARE = 64  # of the memory a survey may keep, one part may hold the divergences of the rows
+EACH = 16  # bytes that a row's divergence takes, and is copied
+
+Divergences = np.ndarray[Any, np.dtype[np.float64]]  # (rows,), in host memory
+
+
+class Found(NamedTuple):
+    """What the survey finds."""
+
+    threshold: float
+    divergences: Divergences | None  # None: too many to keep, worked out again
 
 
 class ArceeFusion(Operator):
@@ -46,13 +58,23 @@ class ArceeFusion(Operator):
     def survey(self, about: About) -> Survey:
         """Find, exactly, the importance from which an element stands out."""
         counts = [about.numel - math.trunc(q * (about.numel - 1)) for q in QUARTILES]
-        cuts = yield from selection.largest(counts, _importance, about)
+        search = selection.largest(counts, _importance, about)
+        if about.numel // row_of(about.shape) * EACH * SHARE > about.spare:
+            cuts, divergences = (yield from search), None
+        else:
+            cuts, rows = yield from selection.alongside(search, DIVERGING)
+            divergences = rows[:, 0].numpy()
         low, median, high = (cut.threshold for cut in cuts if cut is not None)
-        return (median + SPREAD * (high - low)) * AT
+        return Found((median + SPREAD * (high - low)) * AT, divergences)
 
-    def merge(self, block: Block, finding: Any) -> Tensor:
+    def merge(self, block: Block, finding: Found) -> Tensor:
         """Return (n,) the other model's values where they stand out, else the base's."""
-        stands_out = _importance(block, 0).ge(finding)
+        threshold, divergences = finding
+        if divergences is not None:
+            first, rows = (x // row_of(block.shape) for x in (block.start, block.n))
+            mine, like = divergences[first : first + rows, None], block.scratch
+            _weigh(block, torch.tensor(mine, dtype=like.dtype, device=like.device))
+        stands_out = _importance(block, 0).ge(threshold)
         return torch.where(stands_out, block.tuned[0], block.base, out=block.scratch[1])
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> Tensor:
@@ -67,20 +89,45 @@ class ArceeFusion(Operator):
 
 
 def _importance(block: Block, _: int) -> Tensor:
-    """Return (n,) the importances in scratch row 0, worked out in float64, once for a block."""
-    if block.made is not None:
-        return block.made
-    found = block.made = block.scratch[0]
+    """Return (n,) the importances in scratch row 0, worked out once for a block."""
+    return _weigh(block, _divergences(block)) if block.made is None else block.made
+
+
+def _diverging(block: Block) -> Tensor:
+    """Return (m, 1) float64 the divergences of a block's rows, and leave its importances."""
+    divergences = _divergences(block)
+    _weigh(block, divergences)
+    return exact(divergences)
+
+
+def _divergences(block: Block) -> Tensor:
+    """Return (m, 1) the divergences of a block's rows, worked out in float64."""
     length = row_of(block.shape)
+    found = block.scratch.new_empty((block.n // length, 1))
     for run in cells(block.n, block.cell):
         a, b = (exact(x[run]).view(-1, length) for x in (block.base, block.tuned[0]))
-        found[run].copy_(_scores(a, b).flatten())
+        found[run.start // length : run.stop // length].copy_(_divergence(a, b))
     return found
+
+
+def _weigh(block: Block, divergences: Tensor) -> Tensor:
+    """Return (n,) the importances, by the (m, 1) divergences of the block's rows."""
+    found = block.made = block.scratch[0]
+    torch.sub(block.tuned[0], block.base, out=found).abs_()
+    found.view(-1, row_of(block.shape)).mul_(divergences)
+    return found
+
+
+DIVERGING = Measure(_diverging, cells=True, host=lambda block, rows: rows)  # of rows, not of cells
 
 
 def _scores(a: Tensor, b: Tensor) -> Tensor:
     """Return the importances of (m, length) rows."""
+    return (b - a).abs_().mul_(_divergence(a, b))
+
+
+def _divergence(a: Tensor, b: Tensor) -> Tensor:
+    """Return (m, 1) the divergence of (m, length) rows b from rows a."""
     p, q = (torch.softmax(rows, -1).add_(LEAST) for rows in (b, a))
     logs = torch.div(p, q, out=q).log_()
-    divergence = logs.mul_(p).sum(-1, keepdim=True).clamp_(min=0.0)
-    return torch.sub(b, a, out=p).abs_().mul_(divergence)
+    return logs.mul_(p).sum(-1, keepdim=True).clamp_(min=0.0)

@@ -107,6 +107,9 @@ def _variance(block: Block, _: int) -> Tensor:
     """
     first, *others = block.tuned
     k = len(others) + 1
+    if k == 2:  # each lies half of what they differ from their mean
+        half = torch.sub(others[0], first, out=block.scratch[0]).mul_(0.5)
+        return half.square_()
     total, step, mean = block.scratch[0], block.scratch[1], block.scratch[MEAN].zero_()
     for other in others:
         mean.add_(torch.sub(other, first, out=step), alpha=1.0 / k)

@@ -66,12 +66,13 @@ def test_the_three_quartiles_share_one_working_out_of_a_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worked_out = []
-    scores = arcee_fusion._scores
-    monkeypatch.setattr(arcee_fusion, "_scores", lambda a, b: worked_out.append(1) or scores(a, b))
+    plain = arcee_fusion._divergence
+    counted = lambda a, b: worked_out.append(1) or plain(a, b)  # noqa: E731
+    monkeypatch.setattr(arcee_fusion, "_divergence", counted)
     case = Case(ArceeFusion(), *vectors(1, 8))
     (block,) = case.blocks()
     measures = next(case.operator.survey(case.about))
-    assert len(measures) == 3
+    assert len(measures) == 4  # and the rows' divergences, which the merge is given
     for measure in measures:
         measure.of(block)
     assert len(worked_out) == 1
@@ -82,3 +83,17 @@ def test_blocks_merge_to_the_float64_reference(shape: tuple[int, ...]) -> None:
     base, tuned = vectors(1, math.prod(shape))
     case = Case(ArceeFusion(), base, base + tuned / 8, shape=shape)
     torch.testing.assert_close(case.values().double(), case.reference(), rtol=0, atol=0)
+
+
+def test_divergences_that_were_kept_give_what_working_them_out_again_gives() -> None:
+    rolls = torch.Generator().manual_seed(0)
+    base = torch.randn(CELL, generator=rolls)
+    tuned = base + 0.1 * torch.randn(CELL, generator=rolls)
+    case = Case(ArceeFusion(), base, tuned, shape=(256, 256))
+    (block,) = case.blocks()
+    kept = arcee_fusion._diverging(block)[:, 0].numpy()
+    threshold = float(block.scratch[0].quantile(0.9))
+    found = [arcee_fusion.Found(threshold, rows) for rows in (kept, None)]
+    given, again = (case.operator.merge(next(iter(case.blocks())), each).clone() for each in found)
+    assert len(kept) == 256
+    assert torch.equal(given, again)
