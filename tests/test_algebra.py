@@ -203,7 +203,7 @@ def bound(freedom: int) -> float:
     return freedom + 5 * math.sqrt(2 * freedom) + 2 / 3 * 25
 
 
-@pytest.mark.parametrize("share", [0.001, 0.1, 0.37, 0.5, 0.9])
+@pytest.mark.parametrize("share", [1e-5, 0.001, 0.1, 0.37, 0.5, 0.9])
 def test_a_mask_keeps_its_share(share: float) -> None:
     count = int(mask(share=share).sum())
     assert abs(count - M * share) < 5 * math.sqrt(M * share * (1 - share))
@@ -257,19 +257,25 @@ def test_a_key_tells_where_a_word_ends() -> None:
     assert len(keys) == 4
 
 
-@pytest.mark.parametrize("start", [0, 2**31 - 40, 2**32 - 40, 2**32, 5 * 2**32 - 40, 2**40])
+@pytest.mark.parametrize("start", [0, 3, 2**32 - 40, 2**34 - 40, 2**34, 5 * 2**34 - 38, 2**40])
+@pytest.mark.parametrize("share", [0.5, 0.37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_mask_is_one_however_it_is_cut(start: int, dtype: torch.dtype) -> None:
-    whole = mask(start=start, n=100, dtype=dtype)
-    for at in (1, 39, 40, 41, 99):
-        parts = mask(start=start, n=at, dtype=dtype), mask(start=start + at, n=100 - at)
+def test_a_mask_is_one_however_it_is_cut(start: int, dtype: torch.dtype, share: float) -> None:
+    whole = mask(start=start, n=500, share=share, dtype=dtype)
+    for at in (1, 39, 40, 41, 130, 499):
+        parts = (
+            mask(start=start, n=at, share=share, dtype=dtype),
+            mask(start=start + at, n=500 - at, share=share),
+        )
         assert torch.cat([part.double() for part in parts]).tolist() == whole.tolist()
 
 
 def test_an_index_beyond_32_bits_begins_no_repetition() -> None:
-    near, far = mask() * 2 - 1, mask(start=2**32) * 2 - 1
-    assert abs(float((near * far).sum())) < 5 * math.sqrt(M)
-    assert abs(int(mask(start=2**32).sum()) - M / 2) < 5 * math.sqrt(M) / 2
+    near = mask() * 2 - 1
+    for start in (2**32, 2**34):
+        far = mask(start=start) * 2 - 1
+        assert abs(float((near * far).sum())) < 5 * math.sqrt(M)
+        assert abs(int((far > 0).sum()) - M / 2) < 5 * math.sqrt(M) / 2
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (1.0 - 2**-40, 4096), (2**-40, 0)])
@@ -278,19 +284,31 @@ def test_shares_next_to_none_and_all(share: float, count: int) -> None:
 
 
 def test_a_mask_never_changes_between_versions() -> None:
-    # MurmurHash3's finaliser on (i + 3), then on the sum with 5, low 31 bits, worked with integers
-    def scramble(word: int) -> int:
-        word ^= word >> 16
-        word = word * 0x85EBCA6B % 2**32
-        word ^= word >> 13
-        word = word * 0xC2B2AE35 % 2**32
-        return word ^ word >> 16
+    # a byte of the word that i // 4 is mixed to, then 23 bits of i's own, worked with integers
+    def mixed(place: int, key: tuple[int, int]) -> int:
+        word = (place + key[0]) % 2**32
+        word ^= word >> 17
+        word = (word * 0xED5AD4BB + key[1] + (place >> 32)) % 2**32
+        word ^= word >> 11
+        word = word * 0xAC4C1B51 % 2**32
+        word ^= word >> 15
+        word = word * 0x31848BAB % 2**32
+        return word ^ word >> 14
 
-    for start in (0, 2**32 - 8):
-        words = [scramble((scramble((i + 3) % 2**32) + 5 + (i >> 32)) % 2**32)
-                 for i in range(start, start + 64)]  # fmt: skip
-        expected = [float((word & 0x7FFFFFFF) < 2**30) for word in words]
-        assert mask((3, 5), start=start, n=64).tolist() == expected
+    def bits(i: int) -> int:
+        byte = mixed(i // 4, (3, 5)) >> 8 * (i % 4) & 0xFF
+        return byte * 2**23 + mixed(i, (~3, ~5)) % 2**23
+
+    n = 4096  # of which 16 need the lower bits where one limit is given
+    for start in (1, 2**32 - 2046, 2**34 - 2047):
+        numbers = [bits(i) for i in range(start, start + n)]
+        for share in (0.5, 0.3):
+            expected = [float(number < round(share * 2**31)) for number in numbers]
+            assert mask((3, 5), start=start, n=n, share=share).tolist() == expected
+        for more in (0, 1):  # an element stays below a limit just above its number, not at it
+            limits = torch.tensor([number + more for number in numbers], dtype=torch.int32)
+            kept = randomness.keep_below((3, 5), start, limits, torch.empty(2, n))
+            assert kept.tolist() == [float(more)] * n
 
 
 # --- deltas -------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def exact(values: Tensor) -> Tensor:
 
 def l1(values: Tensor) -> Tensor:
     """Return the sum of |values| in float64."""
-    return exact(values).abs().sum()
+    return exact(values.abs()).sum()
 
 
 def count_ones(values: Tensor) -> Tensor:
@@ -50,6 +50,15 @@ def l1_norms(n: int, vectors: Iterable[Tensor], cell: int = CELL) -> Tensor:
         return by_cell(n, lambda run: [l1(vector[run])], cell)
 
     return torch.cat([norms(vector) for vector in vectors], dim=1)
+
+
+def sums(n: int, vectors: Iterable[Tensor]) -> Tensor:
+    """Return (cells, s): the sums of the s vectors of n elements, in float64."""
+
+    def of(vector: Tensor) -> Tensor:
+        return by_cell(n, lambda run: [exact(vector[run]).sum()])
+
+    return torch.cat([of(vector) for vector in vectors], dim=1)
 
 
 def restoring_factor(whole: float, part: float) -> float:

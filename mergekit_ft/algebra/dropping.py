@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_ft.algebra.cells import l1, l1_norms, restoring_factor, totals
+from mergekit_ft.algebra.cells import l1, restoring_factor, sums, totals
 from mergekit_ft.algebra.deltas import subtract_base
 from mergekit_ft.algebra.masks import Masks
 from mergekit_ft.algebra.randomness import keep_mask, key_of
@@ -38,8 +38,8 @@ class Drop(NamedTuple):
             return None
         masks = Masks(len(self.density), about)
         (rows,) = yield (Measure(lambda block: self._norms(block, masks), cells=True),)
-        sums = totals(rows)
-        pairs = zip(sums[::2], sums[1::2], strict=True)
+        norms = totals(rows)
+        pairs = zip(norms[::2], norms[1::2], strict=True)
         return Found([restoring_factor(whole, kept) for whole, kept in pairs], masks)
 
     def apply(self, block: Block, found: Found | None) -> Tensor:
@@ -93,10 +93,11 @@ class Drop(NamedTuple):
         return 1.0 / self.density[i] if self.rescale and self.density[i] > 0.0 else 1.0
 
     def _norms(self, block: Block, masks: Masks) -> Tensor:
-        return l1_norms(block.n, self._whole_and_kept(block, masks))
+        return sums(block.n, self._whole_and_kept(block, masks))
 
     def _whole_and_kept(self, block: Block, masks: Masks) -> Iterator[Tensor]:
         for i in range(len(self.density)):
-            yield (delta := torch.sub(block.tuned[i], block.base, out=block.scratch[0]))
+            delta = torch.sub(block.tuned[i], block.base, out=block.scratch[0]).abs_()
+            yield delta
             self._drop(delta, block, i, masks)
             yield delta
