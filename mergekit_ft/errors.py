@@ -17,7 +17,7 @@ class Fault:
     """One fault of a plan and the place in its text."""
 
     message: str
-    file: str = "plan"
+    file: str = "plan"  # "": said of no file
     line: int = 0  # from 1; 0: no place in the text
     column: int = 0  # from 1
     kind: str = "plan"  # "plan" or "source": decides the exit code of a report
@@ -25,7 +25,7 @@ class Fault:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        return f"{place}: {self.message}"
+        return f"{place}: {self.message}" if place else self.message
 
 
 class PlanError(MergekitError):
@@ -34,7 +34,7 @@ class PlanError(MergekitError):
     exit_code = 3
 
     def __init__(self, faults: Iterable[Fault] | str) -> None:
-        found = [Fault(faults)] if isinstance(faults, str) else list(faults)
+        found = [Fault(faults, file="")] if isinstance(faults, str) else list(faults)
         self.faults = sorted(found, key=lambda fault: (fault.line, fault.column))
         super().__init__("\n".join(map(str, self.faults)))
 

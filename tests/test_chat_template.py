@@ -148,6 +148,13 @@ def test_a_template_that_does_not_render_is_a_fault_before_any_weight(
     assert line.startswith("plan:7:16:")
 
 
+def test_a_faulty_template_is_in_the_report_that_names_a_missing_model() -> None:
+    plan = three(SIMPLE, None).replace("./b", "./nowhere") + "'{% for m in messages %}'\n"
+    result = cli("check", "-", text=plan)
+    assert result.exit_code == 3
+    assert "./nowhere" in result.stderr and "this chat template does not render" in result.stderr
+
+
 def test_what_transformers_knows_is_known_in_templates() -> None:
     known = """{% for m in messages %}{% if not m %}{% break %}{% endif %}
     {%- generation %}{{ m | tojson }}{% endgeneration %}{{ strftime_now('%Y') }}

@@ -114,6 +114,7 @@ def test_exit_codes_tell_what_kind_of_fault_it_was(home: Path) -> None:
     assert call("merge", "plan.yaml", "out2", "--memory", "1 potato").exit_code == 2
     assert call("check", "nowhere.yaml").exit_code == 3
     assert call("card", "teis").exit_code == 3
+    assert call("card", "teis").stderr.startswith("unknown method 'teis'; did you mean 'ties'?")
     assert call("inspect", "nowhere").exit_code == 4
     assert call("verify", "base").exit_code == 4
     assert call("merge", "plan.yaml", "out3", "--memory", "1kB").exit_code == 5

@@ -249,6 +249,7 @@ def test_an_empty_mapping_misses_both_keys() -> None:
             "4:1: unknown key 'base_modle'; did you mean 'base_model'? (valid: merge_",
         ),
         ("normalize: false", "4:1: unknown key 'normalize': it is a parameter and belongs under"),
+        ("seed: 2", "4:1: unknown key 'seed': a method that draws at random takes it"),
         ("steps: 2", "4:1: unknown key 'steps': it is a parameter and belongs under `parameters:`"),
         ("slices: []", "4:1: 'slices' is empty, without effect; remove it"),
         ("text: x", "4:1: unknown key 'text'"),

@@ -220,6 +220,7 @@ def test_layers_in_no_slice_are_no_conflict() -> None:
         ),
         ("{model: ./a, layer_range: [7, 9]}", "3:41: layer_range [7, 9] reaches past the end"),
         ("{model: ./a, layer_range: 3}", "3:41: layer_range is [first, end], the end not"),
+        ("{model: ./a, layer_range: [0, 1, 2]}", "the end not included; got [0, 1, 2]"),
         ("{model: ./a, layer_range: [0, 1.5]}", "3:41: layer_range is [first, end], the end not"),
         ("{model: ./a, layer_range: [0, true]}", "3:41: layer_range is [first, end], the end not"),
         ("{model: ./a}", "3:15: missing key 'layer_range': write `layer_range: [0, 8]`"),

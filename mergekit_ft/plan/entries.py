@@ -21,7 +21,8 @@ def _layers(raw: Any) -> Any:
     """Return [first, end): at least one layer, counted from 0."""
     numbers = isinstance(raw, list | tuple) and all(type(number) is int for number in raw)
     if not numbers or len(raw) != 2:
-        refuse(f"layer_range is [first, end], the end not included; got {shown(raw)}")
+        got = raw if isinstance(raw, list) and len(raw) < 5 else shown(raw)
+        refuse(f"layer_range is [first, end], the end not included; got {got}")
     first, end = raw
     if first < 0 or end < 0:
         refuse(f"layer_range [{first}, {end}] is negative; layers count from 0")

@@ -187,6 +187,11 @@ def _unknown(key: str, path: Keys, tree: dict[str, Any]) -> str:
         return "'residual_weight' never had an effect in mergekit, and has no meaning; remove it"
     if key in _PARAMETERS or key in _method_words(tree):
         return f"unknown key '{key}': it is a parameter and belongs under `parameters:`"
+    if key == "seed":
+        return (
+            "unknown key 'seed': a method that draws at random takes it under `parameters:`, and "
+            f"{tree.get('merge_method') or 'this one'} draws nothing"
+        )
     hint = did_you_mean(key, [word for word in valid if word != "modules"])  # before it, models
     hint = hint or did_you_mean(key, valid)
     return f"unknown key '{key}'{hint} (valid: {', '.join(valid)})"

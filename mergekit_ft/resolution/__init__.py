@@ -14,6 +14,7 @@ from mergekit_ft.resolution.stacked import StackedResolver
 from mergekit_ft.resolution.tasks import Ref, Task, Then
 from mergekit_ft.resolution.views import viewed
 from mergekit_ft.sources import Source
+from mergekit_ft.tokens import check_template
 
 __all__ = ["Ref", "Resolution", "Task", "Then", "raise_faults", "resolve"]
 
@@ -71,6 +72,7 @@ class _Documents:
         """Return what a document asks for; None where a source is missing. Faults are noted."""
         sources = self._opener.opened(reading, self._stage)
         if sources is None:
+            check_template(reading)
             return None
         sources = viewed(reading, sources)
         self._views += sources.values()

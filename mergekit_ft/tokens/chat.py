@@ -11,7 +11,7 @@ from mergekit_ft.plan import Reading
 from mergekit_ft.plan.tokenizers import AUTO
 from mergekit_ft.sources import Source
 from mergekit_ft.tokens.files import Sides
-from mergekit_ft.tokens.rendering import Unrenderable, rendered
+from mergekit_ft.tokens.rendering import Unrenderable, parsed, rendered
 from mergekit_ft.tokens.templates import NAMED, most_common, template_files, template_of
 from mergekit_ft.tokens.unaligned import named
 from mergekit_ft.tokens.vocabulary import (
@@ -26,6 +26,7 @@ from mergekit_ft.tokens.vocabulary import (
 
 MARKER = re.compile(r"<\|[^|<>\s]+\|>")  # what looks like a token of its own
 PATH = ("chat_template",)
+UNRENDERED = "this chat template does not render"
 
 
 def template_change(
@@ -41,6 +42,17 @@ def template_change(
     except (SourceError, UnicodeDecodeError) as error:
         reading.add(PATH, str(error), kind="source")
     return None
+
+
+def check_template(reading: Reading) -> None:
+    """Report a chat template that is not Jinja, which is known before a model is opened."""
+    asked = reading.plan.chat_template if reading.plan is not None else None
+    if asked is None or "{" not in asked:
+        return
+    try:
+        parsed(asked)
+    except Unrenderable as error:
+        reading.add(PATH, f"{UNRENDERED}: {error}")
 
 
 def _change(
@@ -61,7 +73,7 @@ def _change(
     try:
         shown = rendered(text, dict(_specials(files)))
     except Unrenderable as error:
-        reading.add(PATH, f"this chat template does not render: {error}")
+        reading.add(PATH, f"{UNRENDERED}: {error}")
         return None
     notes += _split_markers(shown, donor)
     if text == template_of(files):

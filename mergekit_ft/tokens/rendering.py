@@ -17,13 +17,7 @@ class Unrenderable(ValueError):
 
 def rendered(template: str, specials: Mapping[str, str]) -> str:
     """Return a small conversation in a template; `Unrenderable` where a message does not appear."""
-    import jinja2
-
-    try:
-        compiled = _environment().from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise Unrenderable(f"line {error.lineno}: {error.message}") from None
-    reasons: list[str] = []
+    compiled, reasons = parsed(template), list[str]()
     for parts in (False, True):  # templates of models that see images want content in parts
         try:
             text = compiled.render(
@@ -41,6 +35,16 @@ def rendered(template: str, specials: Mapping[str, str]) -> str:
             return str(text)
         reasons.append(f"a conversation comes out without {missing[0]!r}")
     raise Unrenderable(reasons[0])
+
+
+def parsed(template: str) -> Any:
+    """Return a template that can be rendered; `Unrenderable` where it is not Jinja."""
+    import jinja2
+
+    try:
+        return _environment().from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise Unrenderable(f"line {error.lineno}: {error.message}") from None
 
 
 def _messages(parts: bool) -> list[dict[str, Any]]:
