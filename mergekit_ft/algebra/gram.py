@@ -83,8 +83,5 @@ def _products(block: Block) -> Tensor:
 def _of_run(block: Block, run: slice) -> Tensor:
     """Return (k, k) the dot products over a run of elements."""
     tuned = block.tuned[:, run]
-    rows = exact(tuned)
-    if block.base.numel():
-        base = exact(block.base[run])
-        rows = rows - base if rows is tuned else rows.sub_(base)
+    rows = exact(tuned - block.base[run] if block.base.numel() else tuned)
     return rows @ rows.T
