@@ -16,11 +16,12 @@ def changes(block: Block, epsilon: float, count: Tensor, spare: Tensor) -> Tenso
 
     `count` (n,) becomes the number of models in which an entry changed.
     """
-    count.zero_()
     deltas = subtract_base(block.tuned, block.base)
-    for delta in deltas:
+    for i, delta in enumerate(deltas):
         torch.ops.aten.hardshrink.out(delta, epsilon, out=delta)
-        count.add_(torch.ne(delta, 0, out=spare))
+        changed = torch.ne(delta, 0, out=spare if i else count)
+        if i:
+            count.add_(changed)
     return deltas
 
 
