@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -182,15 +183,9 @@ KEY = randomness.key_of(0, "./maths", "model.layers.0.mlp.up_proj.weight")
 M = 2**20
 
 
-def mask(
-    key: tuple[int, int] = KEY,
-    start: int = 0,
-    n: int = M,
-    share: float = 0.5,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def mask(key: randomness.Key = KEY, start: int = 0, n: int = M, share: float = 0.5) -> Tensor:
     """Return (n,) ones and zeros of a mask."""
-    return randomness.keep_mask(key, start, share, torch.empty(2, n, dtype=dtype)).clone()
+    return torch.from_numpy(randomness.keep_mask(key, start, n, share)).float()
 
 
 def chi_square(counts: Tensor) -> float:
@@ -229,14 +224,11 @@ def test_elements_that_lie_apart_are_independent(lag: int) -> None:
     assert abs(product) < 5 * math.sqrt(M - lag)
 
 
-def neighbouring_keys() -> list[tuple[int, int]]:
+def neighbouring_keys() -> list[randomness.Key]:
     return [
         *(randomness.key_of(seed, "./maths", "w") for seed in range(3)),
         *(randomness.key_of(0, model, "w") for model in ("./chat", "./code")),
         *(randomness.key_of(0, "./maths", f"model.layers.{i}.w") for i in range(3)),
-        (0, 0),
-        (1, 0),
-        (0, 1),
     ]
 
 
@@ -247,8 +239,7 @@ def test_masks_of_other_keys_are_independent() -> None:
             assert abs(float((one * other).sum())) < 5 * math.sqrt(M), (i, j)
             # nor is one the other, moved along: 1 element, as keys that differ by 1 would be
             product = float((one[1:] * other[:-1]).sum()), float((one[:-1] * other[1:]).sum())
-            if {i, j} != {8, 9}:  # the keys (0, 0) and (1, 0) are that by construction
-                assert max(map(abs, product)) < 5 * math.sqrt(M), (i, j)
+            assert max(map(abs, product)) < 5 * math.sqrt(M), (i, j)
 
 
 def test_a_key_tells_where_a_word_ends() -> None:
@@ -259,15 +250,14 @@ def test_a_key_tells_where_a_word_ends() -> None:
 
 @pytest.mark.parametrize("start", [0, 3, 2**32 - 40, 2**34 - 40, 2**34, 5 * 2**34 - 38, 2**40])
 @pytest.mark.parametrize("share", [0.5, 0.37])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_mask_is_one_however_it_is_cut(start: int, dtype: torch.dtype, share: float) -> None:
-    whole = mask(start=start, n=500, share=share, dtype=dtype)
+def test_a_mask_is_one_however_it_is_cut(start: int, share: float) -> None:
+    whole = mask(start=start, n=500, share=share)
     for at in (1, 39, 40, 41, 130, 499):
         parts = (
-            mask(start=start, n=at, share=share, dtype=dtype),
+            mask(start=start, n=at, share=share),
             mask(start=start + at, n=500 - at, share=share),
         )
-        assert torch.cat([part.double() for part in parts]).tolist() == whole.tolist()
+        assert torch.cat(parts).tolist() == whole.tolist()
 
 
 def test_an_index_beyond_32_bits_begins_no_repetition() -> None:
@@ -284,31 +274,46 @@ def test_shares_next_to_none_and_all(share: float, count: int) -> None:
 
 
 def test_a_mask_never_changes_between_versions() -> None:
-    # a byte of the word that i // 4 is mixed to, then 23 bits of i's own, worked with integers
-    def mixed(place: int, key: tuple[int, int]) -> int:
-        word = (place + key[0]) % 2**32
-        word ^= word >> 17
-        word = (word * 0xED5AD4BB + key[1] + (place >> 32)) % 2**32
-        word ^= word >> 11
-        word = word * 0xAC4C1B51 % 2**32
-        word ^= word >> 15
-        word = word * 0x31848BAB % 2**32
-        return word ^ word >> 14
+    # a byte of the (i // 8)-th word of PCG64DXSM, then 23 bits mixed from i: with integers
+    key = randomness.Key(3 << 100 | 5, 7 << 90 | 1, 11 << 32 | 13)
+    factor = 0xDA942042E4DD58B5
+
+    def word(place: int) -> int:
+        state, power, rise, step = key.state, factor, key.increment, place
+        while step:  # `place` steps of state = factor * state + increment, by doubling
+            if step % 2:
+                state = (power * state + rise) % 2**128
+            power, rise, step = power**2 % 2**128, (power + 1) * rise % 2**128, step // 2
+        high, low = state >> 64, state % 2**64 | 1
+        high ^= high >> 32
+        high = high * factor % 2**64
+        high ^= high >> 48
+        return high * low % 2**64
+
+    def mixed(i: int) -> int:
+        low = (i + 13) % 2**32
+        low ^= low >> 17
+        low = (low * 0xED5AD4BB + 11 + (i >> 32)) % 2**32
+        low ^= low >> 11
+        low = low * 0xAC4C1B51 % 2**32
+        low ^= low >> 15
+        low = low * 0x31848BAB % 2**32
+        return low ^ low >> 14
 
     def bits(i: int) -> int:
-        byte = mixed(i // 4, (3, 5)) >> 8 * (i % 4) & 0xFF
-        return byte * 2**23 + mixed(i, (~3, ~5)) % 2**23
+        byte = word(i // 8) >> 8 * (i % 8) & 0xFF
+        return byte * 2**23 + mixed(i) % 2**23
 
     n = 4096  # of which 16 need the lower bits where one limit is given
     for start in (1, 2**32 - 2046, 2**34 - 2047):
         numbers = [bits(i) for i in range(start, start + n)]
         for share in (0.5, 0.3):
             expected = [float(number < round(share * 2**31)) for number in numbers]
-            assert mask((3, 5), start=start, n=n, share=share).tolist() == expected
+            assert mask(key, start=start, n=n, share=share).tolist() == expected
         for more in (0, 1):  # an element stays below a limit just above its number, not at it
-            limits = torch.tensor([number + more for number in numbers], dtype=torch.int32)
-            kept = randomness.keep_below((3, 5), start, limits, torch.empty(2, n))
-            assert kept.tolist() == [float(more)] * n
+            limits = np.array(numbers, dtype=np.int32) + np.int32(more)
+            kept = randomness.keep_below(key, start, n, limits)
+            assert kept.tolist() == [more] * n
 
 
 # --- deltas -------------------------------------------------------------------------------------
@@ -351,12 +356,12 @@ def test_a_model_is_heard_alone_where_its_factor_is_1(
 
 def test_sums_over_cells_do_not_depend_on_the_blocks() -> None:
     values = torch.randn(3 * CELL + 5, generator=torch.Generator().manual_seed(0))
-    whole = cells.l1_norms(values.numel(), [values])
-    parts = [cells.l1_norms(part.numel(), [part]) for part in values.split(2 * CELL)]
+    whole = cells.l1_norms([values])
+    parts = [cells.l1_norms([part]) for part in values.split(2 * CELL)]
     assert torch.equal(whole, torch.cat(parts))
     assert whole.shape == (4, 1)
     exact = math.fsum(abs(x) for x in values.tolist())
-    assert cells.totals(whole) == [pytest.approx(exact, rel=1e-14)]
+    assert cells.totals(whole) == [pytest.approx(exact, rel=1e-9)]
 
 
 def test_a_total_is_exact() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergekit_ft.algebra.cells import l1, restoring_factor, sums, totals
+from mergekit_ft.algebra.cells import added, l1, restoring_factor, totals
 from mergekit_ft.algebra.deltas import subtract_base
-from mergekit_ft.algebra.masks import Masks
-from mergekit_ft.algebra.randomness import keep_mask, key_of
+from mergekit_ft.algebra.masks import Masks, apply
+from mergekit_ft.algebra.randomness import Bits, keep_mask, key_of
 from mergekit_ft.contract import About, Block, Measure, Survey
 
-ROWS = 3  # of scratch: a delta, and two for its mask
+
+def scratch(k: int) -> int:
+    """Return the rows that k deltas and the bytes of a mask take."""
+    return k + 1
 
 
 class Found(NamedTuple):
@@ -38,21 +41,17 @@ class Drop(NamedTuple):
             return None
         masks = Masks(len(self.density), about)
         (rows,) = yield (Measure(lambda block: self._norms(block, masks), cells=True),)
-        norms = totals(rows)
-        pairs = zip(norms[::2], norms[1::2], strict=True)
+        norms, k = totals(rows), len(self.density)
+        pairs = zip(norms[:k], norms[k:], strict=True)
         return Found([restoring_factor(whole, kept) for whole, kept in pairs], masks)
 
-    def apply(self, block: Block, found: Found | None) -> Tensor:
-        """Return (k, n) the sparse deltas in the memory of the tuned values."""
+    def apply(self, block: Block, found: Found | None, by: Sequence[float]) -> Tensor:
+        """Return (k, n) the sparse deltas times by[i], in the memory of the tuned values."""
         factors, masks = found if found is not None else (None, None)
         deltas = subtract_base(block.tuned, block.base)
         for i, delta in enumerate(deltas):
-            mask = masks.kept(block, i, block.scratch[1]) if masks is not None else None
-            if mask is None:
-                self._drop(delta, block, i)
-            else:
-                delta.mul_(mask)
-            factor = self._factor(i, factors)
+            self._drop(delta, block, i, masks)
+            factor = self._factor(i, factors) * by[i]
             if factor != 1.0:
                 delta.mul_(factor)
         return deltas
@@ -73,19 +72,25 @@ class Drop(NamedTuple):
     def _whole_mask(self, about: About, i: int, like: Tensor) -> Tensor:
         if self.density[i] in (0.0, 1.0):
             return torch.full_like(like, self.density[i])
-        rows = torch.empty((2, like.numel()), dtype=torch.float64)
         key = key_of(self.seed, about.ids[i], about.name)
-        return keep_mask(key, 0, self.density[i], rows).view_as(like)
+        mask = keep_mask(key, 0, like.numel(), self.density[i])
+        return torch.from_numpy(mask).view_as(like)
 
-    def _drop(self, delta: Tensor, block: Block, i: int, masks: Masks | None = None) -> None:
+    def _drop(self, delta: Tensor, block: Block, i: int, masks: Masks | None) -> None:
+        """Set to zero, in place, what chance drops of a model's delta."""
         if self.density[i] == 0.0:
             delta.zero_()
         elif self.density[i] < 1.0:
-            key = key_of(self.seed, block.ids[i], block.name)
-            mask = keep_mask(key, block.start, self.density[i], block.scratch[1:3])
-            delta.mul_(mask)
-            if masks is not None:
-                masks.keep(block, i, mask)
+            mask = masks.kept(block, i) if masks is not None else None
+            apply(self._mask(block, i, masks) if mask is None else mask, delta)
+
+    def _mask(self, block: Block, i: int, masks: Masks | None) -> Bits:
+        """Return (n,) ones and zeros, and keep them where there is room."""
+        key = key_of(self.seed, block.ids[i], block.name)
+        mask = keep_mask(key, block.start, block.n, self.density[i])
+        if masks is not None:
+            masks.keep(block, i, mask)
+        return mask
 
     def _factor(self, i: int, factors: Sequence[float] | dict[int, float] | None) -> float:
         if factors is not None:
@@ -93,11 +98,9 @@ class Drop(NamedTuple):
         return 1.0 / self.density[i] if self.rescale and self.density[i] > 0.0 else 1.0
 
     def _norms(self, block: Block, masks: Masks) -> Tensor:
-        return sums(block.n, self._whole_and_kept(block, masks))
-
-    def _whole_and_kept(self, block: Block, masks: Masks) -> Iterator[Tensor]:
-        for i in range(len(self.density)):
-            delta = torch.sub(block.tuned[i], block.base, out=block.scratch[0]).abs_()
-            yield delta
-            self._drop(delta, block, i, masks)
-            yield delta
+        """Return (cells, 2k): the L1 norms of the deltas, whole and then sparse."""
+        sizes = block.scratch[: len(block.tuned)]
+        whole = added(torch.sub(block.tuned, block.base, out=sizes).abs_())
+        for i, row in enumerate(sizes):
+            self._drop(row, block, i, masks)
+        return torch.cat([whole, added(sizes)]).T

@@ -16,12 +16,11 @@ from torch import Tensor
 from mergekit_ft.algebra import ranks
 from mergekit_ft.algebra.cells import l1, l1_norms, restoring_factor, totals
 from mergekit_ft.algebra.deltas import subtract_base
-from mergekit_ft.algebra.masks import Masks
-from mergekit_ft.algebra.randomness import keep_below, key_of
+from mergekit_ft.algebra.masks import Masks, apply
+from mergekit_ft.algebra.randomness import ONE, keep_where, key_of
 from mergekit_ft.contract import About, Block, Grain, Measure, Survey, row_of
 
 ROWS = 1 + ranks.ROWS  # of scratch: a delta, and what ranks it
-ONE = 2**31  # of a probability
 
 
 class Found(NamedTuple):
@@ -70,11 +69,11 @@ class MagPrune(NamedTuple):
         factors, masks = found if found is not None else ([1.0] * len(self.density), None)
         deltas = subtract_base(block.tuned, block.base)
         for i, delta in enumerate(deltas):
-            mask = masks.kept(block, i, block.scratch[1]) if masks is not None else None
+            mask = masks.kept(block, i) if masks is not None else None
             if mask is None:
                 self._drop(delta, block, i)
             else:
-                delta.mul_(mask)
+                apply(mask, delta)
             if factors[i] != 1.0:
                 delta.mul_(factors[i])
         return deltas
@@ -112,10 +111,10 @@ class MagPrune(NamedTuple):
                 inverse = chances.to(delta.dtype).div_(ONE).reciprocal_().expand_as(order)
                 delta.mul_(rows[3].view(-1, length).scatter_(1, order, inverse).flatten())
             key = key_of(self.seed, block.ids[i], block.name)
-            mask = keep_below(key, block.start, limits, rows[1:3])
+            mask = keep_where(key, block.start, limits)
             delta.mul_(mask)
-            if masks is not None:
-                masks.keep(block, i, mask)
+            if masks is not None and mask.device.type == "cpu":
+                masks.keep(block, i, mask.numpy())
 
     def _chances(self, i: int, length: int, like: Tensor) -> Tensor:
         """Return (length,) how likely the entry of each rank is kept, in 2^-31."""
@@ -136,12 +135,11 @@ class MagPrune(NamedTuple):
         rank = rows.sort(dim=1, stable=True).indices.argsort(dim=1)
         chances = self._chances(i, length, delta)[rank].flatten()
         key = key_of(self.seed, about.ids[i], about.name)
-        spare = torch.empty((2, delta.numel()), dtype=torch.float64)
-        mask = keep_below(key, 0, chances, spare)
+        mask = keep_where(key, 0, chances).to(delta)
         return (mask * ONE / chances if self._by_probability else mask).view_as(delta)
 
     def _norms(self, block: Block, masks: Masks) -> Tensor:
-        return l1_norms(block.n, self._whole_and_kept(block, masks), block.cell)
+        return l1_norms(self._whole_and_kept(block, masks), block.cell)
 
     def _whole_and_kept(self, block: Block, masks: Masks) -> Iterator[Tensor]:
         for i in range(len(self.density)):

@@ -115,7 +115,7 @@ def _keep(delta: Tensor, band: Band, block: Block) -> Tensor:
 
 
 def _norms(block: Block, bands: Sequence[Band]) -> Tensor:
-    return l1_norms(block.n, _whole_and_kept(block, bands), block.cell)
+    return l1_norms(_whole_and_kept(block, bands), block.cell)
 
 
 def _whole_and_kept(block: Block, bands: Sequence[Band]) -> Iterator[Tensor]:

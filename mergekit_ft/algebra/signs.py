@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ROWS = 3  # of scratch
+SIGN = {torch.float32: -(2**31), torch.float64: -(2**63)}  # the bit of a sum that is elected
 
 
 def disjoint_merge(
@@ -18,20 +19,33 @@ def disjoint_merge(
     The sign of an element is that of the sum of weighted deltas, + where it is zero; normalised,
     the sum is divided by the weights of the deltas heard at that element.
     """
-    rows, (sign, heard, spare) = deltas.unbind(), scratch[:ROWS].unbind()
-    for row, weight in zip(rows, weights, strict=True):
+    for row, weight in zip(deltas, weights, strict=True):
         if weight != 1.0:
             row.mul_(weight)
-    torch.ge(_sum(rows, spare), 0, out=sign).mul_(2).sub_(1)
+    return merge_weighted(deltas, weights, normalize, scratch)
+
+
+def merge_weighted(
+    deltas: Tensor, weights: Sequence[float], normalize: bool, scratch: Tensor
+) -> Tensor:
+    """Return the same of deltas that have been multiplied by their weights."""
+    rows, (sign, heard, spare) = deltas.unbind(), scratch[:ROWS].unbind()
+    elected = torch.bitwise_and(_bits(_sum(rows, spare)), SIGN[sign.dtype], out=_bits(sign))
     for row in rows:
-        torch.relu_(row.mul_(sign))
+        _bits(row).bitwise_xor_(elected)
+        torch.relu_(row)
     if normalize:
         _weights_heard(rows, weights, heard, spare)
     mix = rows[0]
     for row in rows[1:]:
         mix.add_(row)
-    mix.mul_(sign)
+    _bits(mix).bitwise_xor_(elected)
     return mix.div_(heard) if normalize else mix
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Return the values' memory as integers; the lowest integer is the bit of the sign."""
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
 
 
 def _sum(rows: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mergekit_ft.algebra import dropping
-from mergekit_ft.algebra.deltas import divisor, scaled, sole_model, weighted_sum
+from mergekit_ft.algebra.deltas import divisor, scaled, sole_model
 from mergekit_ft.contract import (
     About,
     Block,
@@ -50,7 +50,7 @@ class DareLinear(Operator):
 
     def scratch(self, k: int) -> int:
         """Return the rows that the masks need."""
-        return dropping.ROWS
+        return dropping.scratch(k)
 
     def copies(self, k: int, name: str, place: Place) -> int | None:
         """Return the one model that is heard, where it is not dropped from and its factor is 1."""
@@ -64,7 +64,9 @@ class DareLinear(Operator):
 
     def merge(self, block: Block, finding: Any) -> Tensor:
         """Return (n,) the merged delta."""
-        total = weighted_sum(self._drop.apply(block, finding), self.weight)
+        total, *others = self._drop.apply(block, finding, self.weight)
+        for delta in others:
+            total.add_(delta)
         return scaled(total, self.weight, self.normalize, self.lambda_)
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> Tensor:

@@ -51,7 +51,7 @@ class DareTies(Operator):
 
     def scratch(self, k: int) -> int:
         """Return the rows that masks and election need."""
-        return max(dropping.ROWS, signs.ROWS)
+        return max(dropping.scratch(k), signs.ROWS)
 
     def copies(self, k: int, name: str, place: Place) -> int | None:
         """Return the one model that is heard, where it is not dropped from and its factor is 1."""
@@ -65,9 +65,9 @@ class DareTies(Operator):
 
     def merge(self, block: Block, finding: Any) -> Tensor:
         """Return (n,) the merged delta."""
-        deltas = self._drop.apply(block, finding)
-        mix = signs.disjoint_merge(deltas, self.weight, self.normalize, block.scratch)
-        return mix.mul_(self.lambda_)
+        deltas = self._drop.apply(block, finding, self.weight)
+        mix = signs.merge_weighted(deltas, self.weight, self.normalize, block.scratch)
+        return mix if self.lambda_ == 1.0 else mix.mul_(self.lambda_)
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> Tensor:
         """Return the merged delta in float64, with the same masks."""

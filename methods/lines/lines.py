@@ -136,10 +136,10 @@ def _norm_of_sum(block: Block) -> Tensor:
     total, delta = block.scratch[0].zero_(), block.scratch[1]
     for row in block.tuned:
         total.add_(torch.sub(row, block.base, out=delta))
-    return l1_norms(block.n, [total])
+    return l1_norms([total])
 
 
 def _norm_of_merged(block: Block) -> Tensor:
     """Return (cells, 1): the L1 norm of the merged delta."""
     assert block.delta is not None
-    return l1_norms(block.n, [block.delta])
+    return l1_norms([block.delta])

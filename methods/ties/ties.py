@@ -100,7 +100,7 @@ class Ties(Operator):
         return self.density if self.scope == "model" else None
 
     def _norms(self, block: Block, cuts: Sequence[Any]) -> Tensor:
-        return l1_norms(block.n, _whole_and_trimmed(block, cuts, self.density))
+        return l1_norms(_whole_and_trimmed(block, cuts, self.density))
 
     def _reference_trim(self, delta: Tensor, share: float, about: About, i: int) -> Tensor:
         if about.finding is not None:  # ranked within the whole model, by the survey
