@@ -25,7 +25,7 @@ CLOSEST, SPARSEST = 16, 512
 ABOVE, WITHIN = -1.0, -2.0  # in place of a magnitude: the index is a count
 SIGMAS = 3.0  # of the sample's rank, on either side
 ROOM = 4.0  # margins; two are expected, the rest is for equals and for uneven blocks
-ROOMY = 1 / 8  # of a block, where there is memory: bfloat16 models have popular magnitudes
+ROOMY = 1 / 8  # of a block at least, if there is memory: bfloat16 models have popular magnitudes
 EACH = 32  # bytes that a collected element takes, and is copied
 
 Row = np.ndarray[Any, np.dtype[Any]]
@@ -51,8 +51,13 @@ class Bracket(NamedTuple):
 Found = Generator[tuple[Measure, ...], tuple[Tensor, ...], dict[int, Place]]
 
 
-def find(ranks: dict[int, int], deltas: Deltas, about: About) -> Found:
-    """Return, by model, the place of the rank-th largest magnitude where a bracket finds it."""
+def find(
+    ranks: dict[int, int], deltas: Deltas, about: About, each: int = 1, signed: bool = True
+) -> Found:
+    """Return, by its number, the place of each rank-th largest magnitude that a bracket finds.
+
+    A model has `each` numbers in a row. Not `signed` says that its deltas are magnitudes already.
+    """
     numel = about.numel
     if numel > MOST or len(ranks) * numel * KEPT > about.spare:
         return {}
@@ -60,11 +65,15 @@ def find(ranks: dict[int, int], deltas: Deltas, about: About) -> Found:
     if numel > about.cell:
         every = min(max(1, numel // (RUNS * RUN)), RAREST)
         stride = min(max(numel // SAMPLE // every, CLOSEST // every), SPARSEST) | 1
-        (sample,) = yield (_sample(list(ranks), deltas, stride, every),)
-        most = min(ROOMY, about.spare / (EACH * len(ranks) * numel))
-        for column, (i, rank) in enumerate(ranks.items()):
-            brackets[i] = _bracket(sample[:, column], rank / numel, most)
-    collected = yield tuple(_collect(i, bracket, deltas) for i, bracket in brackets.items())
+        models = sorted({i // each for i in ranks})
+        (sample,) = yield (_sample(models, deltas, stride, every),)
+        ordered = dict(zip(models, map(_ordered, sample.T), strict=True))
+        most = about.spare / (EACH * len(ranks) * numel)
+        for i, rank in ranks.items():
+            brackets[i] = _bracket(ordered[i // each], rank / numel, most)
+    collected = yield tuple(
+        _collect(i // each, bracket, deltas, signed) for i, bracket in brackets.items()
+    )
     exact = torch.float32 if about.bits == 32 else torch.float64
     found: dict[int, Place] = {}
     for (i, rank), rows in zip(ranks.items(), collected, strict=True):
@@ -95,18 +104,23 @@ def _magnitudes(models: list[int], deltas: Deltas) -> Callable[[Block], Tensor]:
     return magnitudes
 
 
-def _bracket(sample: Tensor, share: float, most: float) -> Bracket:
-    """Return the interval that holds the magnitude above which lies this share of all.
+def _ordered(values: Tensor) -> Tensor:
+    """Return host values from the smallest."""
+    return torch.from_numpy(np.sort(values.numpy()))  # in a third of the time that torch takes
 
-    There is room for `most` of a block's elements in it, at least.
+
+def _bracket(ordered: Tensor, share: float, most: float) -> Bracket:
+    """Return the interval that holds the magnitude above which lies this share of a sample.
+
+    There is room for `most` of a block's elements in it, at most.
     """
-    m = sample.numel()
+    m = ordered.numel()
     margin = SIGMAS * math.sqrt(m * share * (1.0 - share)) + 2.0
     upper, lower = math.floor(share * m - margin), math.ceil(share * m + margin)
-    towards = torch.tensor([-1.0, math.inf], dtype=sample.dtype)
-    low = _largest(sample, lower).nextafter(towards[0]) if lower <= m else towards[0]
-    high = _largest(sample, upper).nextafter(towards[1]) if upper >= 1 else towards[1]
-    return Bracket(float(low), float(high), min(1.0, max(most, ROOM * margin / m)))
+    towards = torch.tensor([-1.0, math.inf], dtype=ordered.dtype)
+    low = ordered[m - lower].nextafter(towards[0]) if lower <= m else towards[0]
+    high = ordered[m - upper].nextafter(towards[1]) if upper >= 1 else towards[1]
+    return Bracket(float(low), float(high), min(1.0, most, max(ROOMY, ROOM * margin / m)))
 
 
 def _largest(values: Tensor, rank: int) -> Tensor:
@@ -114,7 +128,7 @@ def _largest(values: Tensor, rank: int) -> Tensor:
     return values.kthvalue(values.numel() + 1 - rank).values
 
 
-def _collect(i: int, bracket: Bracket, deltas: Deltas) -> Measure:
+def _collect(i: int, bracket: Bracket, deltas: Deltas, signed: bool) -> Measure:
     """Collect a model's magnitudes within its bracket: (m, 2) float64, magnitude and index.
 
     Two rows of every block are counts. The device makes the magnitudes, and numpy looks through
@@ -124,7 +138,8 @@ def _collect(i: int, bracket: Bracket, deltas: Deltas) -> Measure:
     def collect(block: Block, rows: Tensor) -> Tensor:
         return torch.from_numpy(_within(rows[0].numpy(), bracket, block.first_cell * block.cell))
 
-    return Measure(_magnitudes([i], deltas), cells=True, host=collect)
+    magnitudes = _magnitudes([i], deltas) if signed else lambda block: deltas(block, i).unsqueeze(0)
+    return Measure(magnitudes, cells=True, host=collect)
 
 
 def _within(row: Row, bracket: Bracket, start: int) -> Row:

@@ -92,14 +92,14 @@ class Outliers(NamedTuple):
         pairs = zip(self.density, self.gamma, strict=True)
         ranks = [ranks_kept(density, gamma, about.numel) for density, gamma in pairs]
         counts = [None if edge in (0, about.numel) else edge for pair in ranks for edge in pair]
-        cuts = yield from selection.largest(counts, _delta_of_edge, about)
+        cuts = yield from selection.largest(counts, _delta, about, each=2)
         edges = zip(cuts[::2], cuts[1::2], ranks, strict=True)
         return [Band(inner, outer, start == stop) for inner, outer, (start, stop) in edges]
 
 
-def _delta_of_edge(block: Block, edge: int) -> Tensor:
-    """Return (n,) the delta of the model whose edge this is, in the first row of scratch."""
-    return torch.sub(block.tuned[edge // 2], block.base, out=block.scratch[0])
+def _delta(block: Block, i: int) -> Tensor:
+    """Return (n,) the delta of a model, in the first row of scratch."""
+    return torch.sub(block.tuned[i], block.base, out=block.scratch[0])
 
 
 def _keep(delta: Tensor, band: Band, block: Block) -> Tensor:

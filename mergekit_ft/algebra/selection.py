@@ -49,19 +49,28 @@ def count_for(density: float, numel: int) -> int | None:
     return None if density in (0.0, 1.0) else max(1, math.trunc(density * numel))
 
 
-def largest(counts: Sequence[int | None], deltas: Deltas, about: About) -> Selection:
-    """Find the cut of each model's counts[i] largest magnitudes; no cut where that is None."""
+def largest(
+    counts: Sequence[int | None],
+    deltas: Deltas,
+    about: About,
+    each: int = 1,
+    signed: bool = True,
+) -> Selection:
+    """Find the cut of the counts[i] largest magnitudes of a model; no cut where that is None.
+
+    A model has `each` counts in a row. Not `signed` says that its deltas are magnitudes already.
+    """
     bits = about.bits
     ranks = {i: count for i, count in enumerate(counts) if count is not None}
     cuts: list[Cut | None] = [None] * len(counts)
     if not ranks:
         return cuts
-    found = yield from bracket.find(ranks, deltas, about)
+    found = yield from bracket.find(ranks, deltas, about, each, signed)
     for i, (threshold, cell, quota) in found.items():
         cuts[i] = _cut(threshold, bits, EVERY_CELL if cell is None else cell, quota)
     rest = {i: rank for i, rank in ranks.items() if i not in found}
     if rest:
-        counted = yield from _by_counting(rest, deltas, bits)
+        counted = yield from _by_counting(rest, lambda block, i: deltas(block, i // each), bits)
         for i, cut in counted.items():
             cuts[i] = cut
     return cuts

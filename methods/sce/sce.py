@@ -60,7 +60,7 @@ class Sce(Operator):
             count = math.trunc(int(differing) * self.select_topk)
             if not count:
                 return None
-            (cut,) = yield from selection.largest([count], _variance, about)
+            (cut,) = yield from selection.largest([count], _variance, about, signed=False)
         (rows,) = yield (Measure(lambda block: _squares(block, cut), cells=True),)
         return Chosen(cut, _shares([total / about.numel for total in totals(rows)]))
 

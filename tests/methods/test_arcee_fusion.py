@@ -67,7 +67,7 @@ def test_the_three_quartiles_share_one_working_out_of_a_block(
 ) -> None:
     worked_out = []
     plain = arcee_fusion._divergence
-    counted = lambda a, b: worked_out.append(1) or plain(a, b)  # noqa: E731
+    counted = lambda *rows: worked_out.append(1) or plain(*rows)  # noqa: E731
     monkeypatch.setattr(arcee_fusion, "_divergence", counted)
     case = Case(ArceeFusion(), *vectors(1, 8))
     (block,) = case.blocks()
