@@ -45,16 +45,16 @@ class Drop(NamedTuple):
         pairs = zip(norms[:k], norms[k:], strict=True)
         return Found([restoring_factor(whole, kept) for whole, kept in pairs], masks)
 
-    def apply(self, block: Block, found: Found | None, by: Sequence[float]) -> Tensor:
-        """Return (k, n) the sparse deltas times by[i], in the memory of the tuned values."""
+    def apply(self, block: Block, found: Found | None) -> tuple[Tensor, list[float]]:
+        """Return (k, n) the deltas less what is dropped, in the memory of the tuned values.
+
+        And (k,) what each has to be multiplied by to make up for that.
+        """
         factors, masks = found if found is not None else (None, None)
         deltas = subtract_base(block.tuned, block.base)
         for i, delta in enumerate(deltas):
             self._drop(delta, block, i, masks)
-            factor = self._factor(i, factors) * by[i]
-            if factor != 1.0:
-                delta.mul_(factor)
-        return deltas
+        return deltas, [self._factor(i, factors) for i in range(len(deltas))]
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> list[Tensor]:
         """Return the sparse deltas in float64, with the same masks."""

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_ft.algebra.cells import by_cell, exact, totals
+from mergekit_ft.algebra.cells import cells, exact, totals
 from mergekit_ft.algebra.deltas import subtract_base, subtract_weighted, weighted_sum
 from mergekit_ft.contract import Block, Measure
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
-RUN = 32_768  # elements of which k float64 rows are held at once
 ONE = 1e-12  # weights whose sum is as near to 1 as this add up to 1
 
 
@@ -70,18 +69,12 @@ def row_products(rows: Sequence[Tensor]) -> Tensor:
 
 def _products(block: Block) -> Tensor:
     """Return (cells, pairs): the dot products of every cell."""
-
-    def reduce(cell: slice) -> list[Tensor]:
-        runs = range(cell.start, cell.stop, RUN)
-        parts = [_of_run(block, slice(start, min(start + RUN, cell.stop))) for start in runs]
-        found = torch.stack(parts).sum(0)
-        return [found[i, j] for i, j in pairs(len(block.tuned))]
-
-    return by_cell(block.n, reduce, block.cell)
+    found = torch.stack([_of_cell(block, cell) for cell in cells(block.n, block.cell)])
+    return torch.stack([found[:, i, j] for i, j in pairs(len(block.tuned))], dim=1)
 
 
-def _of_run(block: Block, run: slice) -> Tensor:
-    """Return (k, k) the dot products over a run of elements."""
-    tuned = block.tuned[:, run]
-    rows = exact(tuned - block.base[run] if block.base.numel() else tuned)
+def _of_cell(block: Block, cell: slice) -> Tensor:
+    """Return (k, k) the dot products over a cell."""
+    tuned = block.tuned[:, cell]
+    rows = exact(tuned - block.base[cell] if block.base.numel() else tuned)
     return rows @ rows.T

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mergekit_ft.algebra import dropping
-from mergekit_ft.algebra.deltas import divisor, scaled, sole_model
+from mergekit_ft.algebra.deltas import divisor, scaled, sole_model, weighted_sum
 from mergekit_ft.contract import (
     About,
     Block,
@@ -64,9 +64,9 @@ class DareLinear(Operator):
 
     def merge(self, block: Block, finding: Any) -> Tensor:
         """Return (n,) the merged delta."""
-        total, *others = self._drop.apply(block, finding, self.weight)
-        for delta in others:
-            total.add_(delta)
+        deltas, factors = self._drop.apply(block, finding)
+        by = [factor * weight for factor, weight in zip(factors, self.weight, strict=True)]
+        total = weighted_sum(deltas, by)
         return scaled(total, self.weight, self.normalize, self.lambda_)
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> Tensor:

@@ -65,7 +65,9 @@ class DareTies(Operator):
 
     def merge(self, block: Block, finding: Any) -> Tensor:
         """Return (n,) the merged delta."""
-        deltas = self._drop.apply(block, finding, self.weight)
+        deltas, factors = self._drop.apply(block, finding)
+        for delta, factor, weight in zip(deltas, factors, self.weight, strict=True):
+            delta.mul_(factor * weight)
         mix = signs.merge_weighted(deltas, self.weight, self.normalize, block.scratch)
         return mix if self.lambda_ == 1.0 else mix.mul_(self.lambda_)
 
