@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import mergekit_ft
+from mergekit_ft import blocks
 from mergekit_ft.errors import OperatorError
 from tests.checkpoints import tiny_llama, write_checkpoint
 
@@ -25,6 +28,7 @@ CODES = dict(zip(FLOATS, ("F32", "F16", "BF16", "F64"), strict=True)) | {
     torch.bool: "BOOL",
 }
 CELL = 65_536
+LITTLE = 40_000_000  # bytes of memory, in which hardly anything is kept between passes
 
 shapes = st.one_of(
     st.lists(st.integers(0, 7), max_size=3).map(tuple),
@@ -64,40 +68,83 @@ def tensors(make: dict[str, tuple[tuple[int, ...], torch.dtype]], seed: int) -> 
 
 
 numbers = st.floats(-2, 2).map(lambda x: round(x, 3))
-gradients = st.lists(numbers, min_size=1, max_size=4)
-weights = st.one_of(numbers, gradients)
-densities = st.one_of(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=3))
+weights = st.one_of(numbers, st.lists(numbers, min_size=1, max_size=4))
+shares = st.floats(0, 1)
+densities = st.one_of(shares, st.lists(shares, min_size=1, max_size=3))
+chances = st.one_of(st.floats(0.2, 0.8), st.sampled_from([0.0, 1.0]))  # of della's entries
+flags = st.booleans()
+
+Drawn = Mapping[str, st.SearchStrategy[Any]]
+WEIGHT: Drawn = {"weight": weights}
+SUM: Drawn = {"normalize": flags, "lambda": weights}
+SPARSE: Drawn = {**WEIGHT, "density": densities}
+DROPPED: Drawn = {**SUM, "rescale": flags}
+BANDS: Drawn = {**SPARSE, "gamma": densities}
+PRUNED: Drawn = {**WEIGHT, "density": chances, "epsilon": st.floats(0, 0.19)}
+
+
+class Method(NamedTuple):
+    """What is drawn for a method, and over how many models besides a base."""
+
+    own: Mapping[str, Any] = {}
+    shared: Mapping[str, Any] = {}
+    tuned: tuple[int, int] = (1, 2)
+    base: tuple[bool, ...] = (True,)
+
+
+METHODS = {
+    # random weights may cancel, and then normalising is refused
+    "linear": Method(WEIGHT, {"normalize": st.just(False)}, base=(False,)),
+    "slerp": Method(shared={"t": weights}, tuned=(1, 1)),
+    "nuslerp": Method(
+        WEIGHT, {"nuslerp_flatten": flags, "nuslerp_row_wise": flags}, (2, 2), (True, False)
+    ),
+    "multislerp": Method(WEIGHT, {"normalize_weights": st.just(False)}, base=(True, False)),
+    "karcher": Method(shared={"max_iter": st.integers(0, 3)}, base=(False,)),
+    "task_arithmetic": Method(WEIGHT, SUM),
+    "ties": Method(SPARSE, DROPPED),
+    "dare_linear": Method(SPARSE, DROPPED),
+    "dare_ties": Method(SPARSE, DROPPED),
+    "della": Method(PRUNED, DROPPED),
+    "della_linear": Method(PRUNED, DROPPED),
+    "breadcrumbs": Method(BANDS, DROPPED),
+    "breadcrumbs_ties": Method(BANDS, DROPPED),
+    "model_stock": Method(shared={"filter_wise": flags}, tuned=(2, 2)),
+    "nearswap": Method(shared={"t": weights}, tuned=(1, 1)),
+    "sce": Method(shared={"select_topk": shares}),
+    "arcee_fusion": Method(tuned=(1, 1)),
+    "ram": Method(shared={"epsilon": shares}),
+    "ramplus_tl": Method(shared={"r": numbers, "alpha": shares, "epsilon": shares}),
+    "passthrough": Method({"scale": weights}, tuned=(1, 1), base=(False,)),
+    "lines": Method(
+        shared={
+            "alpha": numbers,
+            "beta": numbers,
+            "head": st.sampled_from(["alpha", "last", "keep", "zero"]),
+        },
+        tuned=(1, 1),
+    ),
+}
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> dict[str, Any]:
     """Draw a plan over ./base, ./m0 and ./m1, without their folder."""
-    methods = ["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "lines"]
-    method = draw(st.sampled_from(methods))
-    k = 1 if method in ("slerp", "lines") else draw(st.integers(1, 2))
-    models: list[dict[str, Any]] = [{"model": f"m{i}"} for i in range(k)]
-    shared: dict[str, Any] = {}
-    if method == "slerp":
-        shared["t"] = draw(weights)
-    elif method == "lines":
-        shared |= {"alpha": draw(numbers), "beta": draw(numbers)}
-        shared |= {"head": draw(st.sampled_from(["alpha", "last", "keep", "zero"]))}
-    else:
-        for model in models:
-            model["parameters"] = {"weight": draw(weights)}
-    if method in ("ties", "dare_linear", "dare_ties"):
-        for model in models:
-            model["parameters"]["density"] = draw(densities)
-        shared["rescale"] = draw(st.booleans())
-    if method in ("task_arithmetic", "ties", "dare_linear", "dare_ties"):
-        shared |= {"normalize": draw(st.booleans()), "lambda": draw(weights)}
-    if method == "linear":
-        shared["normalize"] = False  # random weights may cancel, which is refused
-    found: dict[str, Any] = {"merge_method": method, "models": models, "parameters": shared}
-    if method != "linear":
+    name = draw(st.sampled_from(list(METHODS)))
+    method = METHODS[name]
+    models: list[dict[str, Any]] = [
+        {"model": f"m{i}"} for i in range(draw(st.integers(*method.tuned)))
+    ]
+    for model in models:
+        if method.own:
+            model["parameters"] = {word: draw(values) for word, values in method.own.items()}
+    shared = {word: draw(values) for word, values in method.shared.items()}
+    found: dict[str, Any] = {"merge_method": name, "models": models}
+    found |= {"parameters": shared} if shared else {}
+    if draw(st.sampled_from(method.base)):
         found["base_model"] = "base"
-        if draw(st.booleans()):
-            found["then"] = [{"lines": {"gamma": draw(st.floats(0, 1))}}]
+        if draw(flags):
+            found["then"] = [{"lines": {"gamma": draw(shares)}}]
     stored = draw(st.sampled_from(list(STORED)))
     return found | ({"dtype": stored} if stored else {})
 
@@ -133,7 +180,7 @@ def contents(folder: Path) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     return found
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(makes(), plans(), st.integers(1, 3), st.sampled_from([1, 4]))
 def test_names_shapes_dtypes_and_files_are_kept(
     make: dict[str, tuple[tuple[int, ...], torch.dtype]],
@@ -169,7 +216,7 @@ def test_names_shapes_dtypes_and_files_are_kept(
             assert json.loads(index.read_text())["weight_map"] == places_
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(makes(), plans(), st.integers(1, 400_000))
 def test_any_shard_size_holds_the_same_tensors(
     make: dict[str, tuple[tuple[int, ...], torch.dtype]], plan: dict[str, Any], size: int
@@ -190,6 +237,27 @@ def test_any_shard_size_holds_the_same_tensors(
             assert len(held) == 1 or sum(tensor.nbytes for tensor in held) <= size
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    plans(),
+    st.sampled_from([(3 * CELL + 5,), (4, CELL), (601, 257), (5, 3, 15_000)]),
+    st.sampled_from(FLOATS),
+)
+def test_neither_memory_nor_threads_change_a_byte(
+    plan: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        for seed, name in enumerate(("base", "m0", "m1")):
+            made = tensors({"model.layers.0.w": (shape, dtype)}, seed)
+            write_checkpoint(home / name, made, config={})
+        file = "model.safetensors"
+        with mock.patch.object(blocks, "USUAL", CELL):
+            narrow = (merged(plan, home, memory=LITTLE, threads=1) / file).read_bytes()
+        wide = (merged(plan, home, threads=4, overwrite=True) / file).read_bytes()
+        assert narrow == wide
+
+
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("llamas")
@@ -199,7 +267,7 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plans())
 def test_a_merged_llama_loads_and_speaks(llamas: Path, plan: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
