@@ -7,6 +7,7 @@ import click
 from mergekit_ft import __version__
 from mergekit_ft.cli.group import DIFFERENT, EXIT_CODES, INTERRUPTED, Main
 from mergekit_ft.cli.looking import inspect, verify
+from mergekit_ft.cli.lora import lora
 from mergekit_ft.cli.merging import check, merge
 from mergekit_ft.cli.methods import card, methods, schema
 from mergekit_ft.cli.migrating import migrate
@@ -21,5 +22,5 @@ def main() -> None:
     """Merge checkpoints of open models: streamed, checked, reproducible."""
 
 
-for command in (merge, check, verify, push, migrate, inspect, methods, card, schema):
+for command in (merge, check, verify, push, migrate, inspect, lora, methods, card, schema):
     main.add_command(command)

@@ -89,7 +89,7 @@ class _Landing:
         """Return what makes an adapter's names the model's: as they are, or by one stem."""
         wanted = [*self.adapter.saved, *(f"{module}.weight" for module in self.adapter.factors)]
         best: list[str] = wanted
-        for rule in _rules():
+        for rule in rules():
             missing = [name for name in wanted if self._locate(rule(name)) is None]
             if not missing and len(set(map(rule, wanted))) == len(set(wanted)):
                 return rule
@@ -299,7 +299,7 @@ class _Landing:
         return mine.read_bytes() == (self.adapter.folder / name).read_bytes()
 
 
-def _rules() -> Iterator[Callable[[str], str]]:
+def rules() -> Iterator[Callable[[str], str]]:
     """Yield the ways in which the names of an adapter may differ from a checkpoint's."""
     stems = [((f"{stem}.", ""), ("", f"{stem}.")) for stem in STEMS]
     ways: list[Sequence[tuple[str, str]]] = [(), *([way] for both in stems for way in both)]

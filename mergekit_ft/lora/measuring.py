@@ -1,0 +1,77 @@
+"""The self-test: the adapter is read back, as peft would, and compared with the deltas again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergekit_ft.blocks import Crew, Job, Station
+from mergekit_ft.errors import WriteError
+from mergekit_ft.sources import Adapter, open_adapter
+from mergekit_ft.sources.dtypes import TORCH
+from mergekit_ft.sources.header import TensorInfo
+
+AGREED = 1e-6  # of the energy that the files keep, with the energy that was worked out
+ROWS = 512  # of a product at a time
+
+Check = tuple[str, float, float, Callable[[], Tensor], Callable[[float, float], None]]
+
+
+def measure(folder: Path, checks: Iterable[Check], threads: int) -> Adapter:
+    """Compare each module of a written adapter with the matrix that it stands for.
+
+    A check is the module, the energies of the matrix and of the product as worked out, the matrix
+    itself when it is asked for, and who hears of the share kept and the relative residual.
+    """
+    adapter = open_adapter(str(folder))
+    Crew(threads, torch.device("cpu")).run(_jobs(adapter, checks))
+    return adapter
+
+
+def factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+    """Return (out, rank) with the scale in it and (rank, in), in float64."""
+    held = adapter.factors[module]
+    assert held.a is not None and held.b is not None
+    left = tensor(adapter, held.b).double().mul_(adapter.config.scale_of(module))
+    return left, tensor(adapter, held.a).double()
+
+
+def tensor(adapter: Adapter, info: TensorInfo) -> Tensor:
+    """Return a tensor of an adapter as it is stored."""
+    data = bytearray(info.nbytes)
+    adapter.reader.read_into(info, 0, memoryview(data))
+    return torch.frombuffer(data, dtype=TORCH[info.dtype]).view(info.shape)
+
+
+def _jobs(adapter: Adapter, checks: Iterable[Check]) -> Iterator[Job]:
+    for check in checks:
+        yield _job(adapter, check)
+
+
+def _job(adapter: Adapter, check: Check) -> Job:
+    module, total, kept, matrix, tell = check
+
+    def piece(station: Station) -> None:
+        missed = _missed(matrix(), *factors(adapter, module))
+        share = 1.0 - missed / total
+        if not abs(share - kept / total) <= AGREED:
+            raise WriteError(
+                f"self-test: {module} keeps {share:.9f} of its energy by the written files, and "
+                f"{kept / total:.9f} was worked out; nothing was left behind"
+            )
+        tell(share, math.sqrt(missed / total))
+
+    yield [piece]
+
+
+def _missed(matrix: Tensor, left: Tensor, right: Tensor) -> float:
+    """Return the energy of matrix - left @ right."""
+    parts = []
+    for start in range(0, len(matrix), ROWS):
+        rows = left[start : start + ROWS] @ right
+        parts.append(float(rows.sub_(matrix[start : start + ROWS]).square_().sum()))
+    return math.fsum(parts)
