@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_ft.errors import PlanError
+
 EPSILON = 2.0**-23  # singular values below this share of the largest are float32's rounding
 OVERSAMPLED = 16  # columns of a sketch beyond the rank
 ITERATIONS = 24  # of a sketch, at most
@@ -71,6 +73,14 @@ def by_sketch(matrix: Tensor, rank: int, energy: float | None, key: str) -> Prod
     return _product(matrix, basis @ turn, turn.T @ along.T, total, steps, max(gain, 0.0))
 
 
+def require_cut(rank: int | None, energy: float | None) -> None:
+    """Refuse a rank or an energy that nothing can have."""
+    if rank is not None and rank < 1:
+        raise PlanError(f"the rank is {rank}, and must be at least 1")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise PlanError(f"the energy is {energy:g}, and is a share above 0, up to 1")
+
+
 def rank_for(squares: Tensor, total: float, rank: int | None, energy: float | None) -> int:
     """Return how many of the descending squared singular values to keep."""
     meant = int((squares > EPSILON**2 * squares[0]).sum()) if len(squares) else 0
@@ -121,3 +131,26 @@ def _gaussian(rows: int, columns: int, key: str) -> Tensor:
         int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
     )
     return torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+
+
+def of_product(left: Tensor, right: Tensor, rank: int | None, energy: float | None) -> Product:
+    """Return the best product of at most `rank`, or of the least rank that keeps `energy`."""
+    mine, turn = torch.linalg.qr(left)
+    theirs, other = torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(turn @ other.T, full_matrices=False)
+    squares = values.square()
+    total = float(squares.sum())
+    count = rank_for(squares, total, rank, energy)
+    roots = values[:count].sqrt()
+    kept = float(squares[:count].sum())
+    return Product(
+        (mine @ u[:, :count]) * roots, roots[:, None] * (v[:count] @ theirs.T), kept, total
+    )
+
+
+def product_energy(left: Tensor, right: Tensor) -> float:
+    """Return the energy of left @ right, without making it."""
+    if not left.shape[1]:
+        return 0.0
+    turn, other = torch.linalg.qr(left)[1], torch.linalg.qr(right.T)[1]
+    return float((turn @ other.T).square().sum())

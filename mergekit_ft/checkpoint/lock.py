@@ -81,6 +81,11 @@ def _check(found: Any, path: Path) -> None:
             f"{path}: has format {found['format']}, and this version reads format {FORMAT}: use "
             "the version that wrote it"
         )
+    if isinstance(found.get("kind"), str):
+        raise SourceError(
+            f"{path}: is the receipt of `mergekit-ft {found['kind']}`, which read its own files "
+            "back; only merges of models by a plan are computed again"
+        )
     broken = [key for key, kind in PARTS.items() if not isinstance(found.get(key), kind)]
     for i, source in enumerate(found.get("sources") or ()):
         if not isinstance(source, dict) or not {"reference", "revision", "files"} <= source.keys():

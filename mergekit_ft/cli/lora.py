@@ -64,9 +64,10 @@ def extract(
     written files and printed, matrix by matrix. One of --rank and --energy must be given.
     """
     from mergekit_ft.lora import extraction, reports
+    from mergekit_ft.lora.asked import ExtractAsked
     from mergekit_ft.sources import open_source
 
-    chosen = extraction.Asked(**asked)
+    chosen = ExtractAsked(**asked)
     opening: dict[str, Any] = {"offline": offline, "allow_pickle": allow_pickle}
     with (
         printing.watched(quiet) as progress,
@@ -78,3 +79,68 @@ def extract(
         printing.json_of(found.report)
     elif not quiet:
         printing.lines(reports.lines(found.report))
+
+
+@lora.command()
+@click.argument("adapters", nargs=-1)
+@click.argument("out", type=click.Path())
+@click.option(
+    "--method",
+    type=click.Choice(["concat", "svd", "core"]),
+    default="concat",
+    show_default=True,
+    help="The exact sum; the nearest to it of a rank; an operator on core matrices.",
+)
+@click.option("--weight", "weights", type=float, multiple=True, help="One for all, or one each.")
+@click.option("--rank", type=click.IntRange(1), help="Of every module, at most (svd, core).")
+@click.option("--energy", type=float, help="Share of the squared norm to keep (svd, core).")
+@click.option("--operator", help="With core: any method that `mergekit-ft methods` lists.")
+@click.option("--set", "given", multiple=True, metavar="KEY=VALUE", help="Its parameters.")
+@click.option(
+    "--plan",
+    type=click.Path(exists=True, dir_okay=False),
+    help="With core, instead of ADAPTERS: merge_method, parameters, models, then.",
+)
+@click.option(
+    "--others",
+    type=click.Choice(["refuse", "skip"]),
+    default="refuse",
+    show_default=True,
+    help="Tensors held whole that do not add up: stop, or leave them out.",
+)
+@click.option(
+    "--memory", type=settings.SIZE, default="4GiB", show_default=True, help="For the factors."
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is whole.")
+@settings.offline
+@settings.allow_pickle
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@settings.as_json
+def merge(
+    adapters: tuple[str, ...],
+    out: str,
+    plan: str | None,
+    given: tuple[str, ...],
+    offline: bool,
+    allow_pickle: bool,
+    quiet: bool,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Merge ADAPTERS (folders or hub ids) into one and write it to OUT.
+
+    What is merged are the changes that they make, scale * B @ A, whatever their ranks, scales and
+    target modules; a module that an adapter lacks counts as zero there.
+    """
+    from mergekit_ft.lora import merging, recipes, reports
+    from mergekit_ft.sources import open_adapter
+
+    recipe = recipes.recipe(adapters, plan, given, asked)
+    opening: dict[str, Any] = {"offline": offline, "allow_pickle": allow_pickle}
+    with printing.watched(quiet) as progress:
+        opened = [open_adapter(name, **opening) for name in recipe.adapters]
+        report = merging.merge(opened, Path(out), recipe.asked, progress)
+    if as_json:
+        printing.json_of(report)
+    elif not quiet:
+        printing.lines(reports.lines(report))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from mergekit_ft.algebra import spectra
 from mergekit_ft.blocks import Crew, Job, Station
-from mergekit_ft.errors import OperatorError, PlanError, SourceError
+from mergekit_ft.errors import OperatorError, SourceError
 from mergekit_ft.lora import changes, measuring, receipts, reports
+from mergekit_ft.lora.asked import ExtractAsked
 from mergekit_ft.lora.folder import AdapterFolder
 from mergekit_ft.lora.others import Others
 from mergekit_ft.lora.pairs import Pair, Pairs
@@ -30,50 +31,6 @@ from mergekit_ft.sources.layout import listed
 
 SKETCHED = 1536  # a shorter side from which on a sketch is quicker than the whole spectrum
 CPU = torch.device("cpu")
-
-Svd = Literal["auto", "exact", "randomised"]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """How an adapter is to be extracted."""
-
-    rank: int | None = None  # of each matrix; with `energy`, at most
-    energy: float | None = None  # share of each matrix's squared norm to keep, in (0, 1]
-    svd: Svd = "auto"
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    others: Literal["save", "skip", "refuse"] = "save"  # what is changed and is no matrix
-    seed: int = 0  # of the sketches
-    memory: int = 4 << 30  # bytes
-    threads: int | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank is None and self.energy is None:
-            raise PlanError("say how large the adapter may be: --rank 16, or --energy 0.95")
-        if self.rank is not None and self.rank < 1:
-            raise PlanError(f"the rank is {self.rank}, and must be at least 1")
-        if self.energy is not None and not 0.0 < self.energy <= 1.0:
-            raise PlanError(f"the energy is {self.energy:g}, and is a share above 0, up to 1")
-        if self.svd == "randomised" and self.rank is None:
-            raise PlanError("--svd randomised needs --rank: a sketch has a size")
-
-    def words(self) -> list[str]:
-        """Return what was asked for, as on the command line."""
-        given: list[tuple[str, Any]] = [("rank", self.rank), ("energy", self.energy)]
-        given += [("include", glob) for glob in self.include]
-        given += [("exclude", glob) for glob in self.exclude]
-        named = [f"--{word} {value}" for word, value in given if value is not None]
-        usual = Asked(rank=1)
-        more = [(word, getattr(self, word)) for word in ("svd", "others", "seed")]
-        return named + [f"--{w} {v}" for w, v in more if v != getattr(usual, w)]
-
-    def kept(self) -> dict[str, Any]:
-        """Return what a byte of the adapter depends on."""
-        names = ("rank", "energy", "svd", "include", "exclude", "others", "seed")
-        values = {name: getattr(self, name) for name in names}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 @dataclass
@@ -120,7 +77,7 @@ class Extraction:
 
 
 def extract(
-    base: Source, tuned: Source, out: Path, asked: Asked, watcher: Progress | None = None
+    base: Source, tuned: Source, out: Path, asked: ExtractAsked, watcher: Progress | None = None
 ) -> Extraction:
     """Write the adapter of tuned - base to `out`; raises, and leaves nothing, where it cannot."""
     return _Run(base, tuned, out, asked, watcher or Unwatched()).extraction()
@@ -130,7 +87,7 @@ class _Run:
     """One extraction."""
 
     def __init__(
-        self, base: Source, tuned: Source, out: Path, asked: Asked, watcher: Progress
+        self, base: Source, tuned: Source, out: Path, asked: ExtractAsked, watcher: Progress
     ) -> None:
         self.base, self.tuned, self.asked, self.watcher = base, tuned, asked, watcher
         self.skeleton = skeleton(base)
@@ -279,9 +236,12 @@ class _Run:
 
     def _checks(self) -> Iterator[measuring.Check]:
         for held in self.matrices.values():
-            again = partial(changes.delta, self.base, self.tuned, held.pair)
+            again = partial(self._again, held.pair)
             yield held.pair.module, held.total, held.kept, again, held.told
             self.watcher.advance(held.pair.base.nbytes + held.pair.tuned.nbytes)
+
+    def _again(self, pair: Pair) -> tuple[torch.Tensor]:
+        return (changes.delta(self.base, self.tuned, pair),)
 
     def _report(self) -> dict[str, Any]:
         held = [self.matrices[name] for name in self.pairs if name in self.matrices]

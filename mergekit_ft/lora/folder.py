@@ -158,14 +158,19 @@ class AdapterFolder:
             )
         if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
             raise WriteError(f"{self.out} is not empty; name another folder, or give --overwrite")
-        if os.path.lexists(self.part) and not self._ours():
+        if not os.path.lexists(self.part):
+            return
+        if not self._ours():
             raise WriteError(f"{self.part} is in the way; move it, or name another folder")
+        if any(self.part.iterdir()) and not self.overwrite:
+            raise WriteError(f"{self.part} is what a stopped run left; --overwrite starts again")
 
     def _ours(self) -> bool:
-        """Say whether OUT.part may go: it is empty, or left by a run that was killed."""
+        """Say whether OUT.part is empty, or left by a run that was killed."""
         if self.part.is_symlink() or not self.part.is_dir():
             return False
-        return not any(self.part.iterdir()) or (self.overwrite and (self.part / SPOOL).exists())
+        held = {path.name for path in self.part.iterdir()}
+        return not held or bool(held & {SPOOL, SAFE})
 
     def _require_space(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.part).free

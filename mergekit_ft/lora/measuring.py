@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,14 +18,14 @@ from mergekit_ft.sources.header import TensorInfo
 AGREED = 1e-6  # of the energy that the files keep, with the energy that was worked out
 ROWS = 512  # of a product at a time
 
-Check = tuple[str, float, float, Callable[[], Tensor], Callable[[float, float], None]]
+Check = tuple[str, float, float, Callable[[], Sequence[Tensor]], Callable[[float, float], None]]
 
 
 def measure(folder: Path, checks: Iterable[Check], threads: int) -> Adapter:
     """Compare each module of a written adapter with the matrix that it stands for.
 
-    A check is the module, the energies of the matrix and of the product as worked out, the matrix
-    itself when it is asked for, and who hears of the share kept and the relative residual.
+    A check is the module, the energies of the matrix and of the product as worked out, what gives
+    the matrix (or two factors of it), and who hears of the share kept and the relative residual.
     """
     adapter = open_adapter(str(folder))
     Crew(threads, torch.device("cpu")).run(_jobs(adapter, checks))
@@ -68,10 +68,13 @@ def _job(adapter: Adapter, check: Check) -> Job:
     yield [piece]
 
 
-def _missed(matrix: Tensor, left: Tensor, right: Tensor) -> float:
-    """Return the energy of matrix - left @ right."""
+def _missed(wanted: Sequence[Tensor], left: Tensor, right: Tensor) -> float:
+    """Return the energy of what is wanted - left @ right, a few rows at a time."""
+    first, *rest = wanted
     parts = []
-    for start in range(0, len(matrix), ROWS):
-        rows = left[start : start + ROWS] @ right
-        parts.append(float(rows.sub_(matrix[start : start + ROWS]).square_().sum()))
+    for start in range(0, len(first), ROWS):
+        rows = first[start : start + ROWS]
+        for factor in rest:
+            rows = rows @ factor
+        parts.append(float((left[start : start + ROWS] @ right).sub_(rows).square_().sum()))
     return math.fsum(parts)
