@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mergekit_ft import __version__
+from mergekit_ft.cli.delta import delta
 from mergekit_ft.cli.group import DIFFERENT, EXIT_CODES, INTERRUPTED, Main
 from mergekit_ft.cli.looking import inspect, verify
 from mergekit_ft.cli.lora import lora
@@ -22,5 +23,18 @@ def main() -> None:
     """Merge checkpoints of open models: streamed, checked, reproducible."""
 
 
-for command in (merge, check, verify, push, migrate, inspect, lora, methods, card, schema):
+COMMANDS = (
+    merge,
+    check,
+    verify,
+    push,
+    migrate,
+    inspect,
+    delta,
+    lora,
+    methods,
+    card,
+    schema,
+)  # in the order of their use
+for command in COMMANDS:
     main.add_command(command)

@@ -16,8 +16,9 @@ from mergekit_ft.errors import SourceError
 from mergekit_ft.plan import ModelReference, read
 from mergekit_ft.plan.references import AdapterReference
 from mergekit_ft.resolution import Ref, Resolution, Task
-from mergekit_ft.sources.adapter import INSIDE
+from mergekit_ft.sources.adapter import INSIDE as ADAPTER
 from mergekit_ft.sources.dtypes import TORCH
+from mergekit_ft.sources.patched import INSIDE as DELTA
 from mergekit_ft.stages import resolve
 
 if TYPE_CHECKING:
@@ -69,10 +70,13 @@ class _Finder:
         self._homes = [root] if root is not None else [Path.cwd(), *out.resolve().parents]
 
     def find(self, model: ModelReference) -> ModelReference:
-        """Return the reference by which a model, and an adapter on it, are opened again."""
-        reference = model.path if model.adapter is None else f"{model.path}+{model.adapter.path}"
-        entries = [entry for entry in self._sources if entry["reference"] == reference]
+        """Return the reference by which a model, and what is on it, are opened again."""
+        entries = [entry for entry in self._sources if entry["reference"] == _reference(model)]
         words = self._found(model.path, model.revision, [_own(entry) for entry in entries])
+        if model.delta is not None:
+            files = [_inside(entry, DELTA) for entry in entries]
+            at = self._local(model.delta.path, [{"files": part} for part in files])
+            return ModelReference(**words, delta=model.delta.model_copy(update={"path": str(at)}))
         if model.adapter is None:
             return ModelReference(**words)
         parts = [_of_adapter(entry) for entry in entries]
@@ -98,17 +102,31 @@ class _Finder:
         return next((place for place in there if _has_sizes(place, entries)), there[0])
 
 
+def _reference(model: ModelReference) -> str:
+    """Return how a receipt names a model with what is on it."""
+    if model.delta is not None:
+        return f"{model.path}{'-' if model.delta.revert else '+'}{model.delta.path}"
+    return model.path if model.adapter is None else f"{model.path}+{model.adapter.path}"
+
+
 def _own(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a receipt says of a model, without an adapter on it."""
-    files = {name: f for name, f in entry["files"].items() if not name.startswith(f"{INSIDE}/")}
+    """Return what a receipt says of a model, without what is on it."""
+    others = (f"{ADAPTER}/", f"{DELTA}/")
+    files = {name: f for name, f in entry["files"].items() if not name.startswith(others)}
     return {"revision": entry["revision"], "files": files}
 
 
 def _of_adapter(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a receipt says of the adapter on a model."""
-    inside = f"{INSIDE}/"
-    files = {name.removeprefix(inside): f for name, f in entry["files"].items() if inside in name}
-    return {"revision": entry.get("adapter", {}).get("revision"), "files": files}
+    found = _inside(entry, ADAPTER)
+    return {"revision": entry.get("adapter", {}).get("revision"), "files": found}
+
+
+def _inside(entry: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Return the files of what is on a model, by their own names."""
+    inside = f"{folder}/"
+    files = entry["files"].items()
+    return {name.removeprefix(inside): f for name, f in files if name.startswith(inside)}
 
 
 def _has_sizes(place: Path, entries: Sequence[Mapping[str, Any]]) -> bool:

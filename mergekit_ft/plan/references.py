@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from functools import cached_property
@@ -17,6 +18,7 @@ Key = tuple[str | None, ...]  # what two references to the same checkpoint share
 At = tuple[str | int, ...]
 Words = dict[str, Any]
 _ADAPTER = ("adapter", "lora")  # ours and mergekit's word
+_DELTA = "delta"
 _ARCHITECTURE = "override_architecture"
 
 
@@ -55,12 +57,34 @@ class AdapterReference(PlanWords):
         return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
+class DeltaReference(PlanWords):
+    """A delta file, how strongly it is put on, or that it is taken off."""
+
+    path: str
+    scale: float = 1.0
+    revert: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_words(cls, raw: Any) -> Any:
+        return raw if isinstance(raw, cls) else _delta(raw)
+
+    @property
+    def key(self) -> Key:
+        """Return what two references to the same delta share."""
+        return (_place(self.path), str(self.scale), str(self.revert))
+
+    def __str__(self) -> str:
+        return self.path if self.scale == 1.0 else f"{self.scale:g}*{self.path}"
+
+
 class ModelReference(PlanWords):
-    """A checkpoint: something that exists, or a Hub id; its revision, and an adapter on it."""
+    """A checkpoint: something that exists, or a Hub id; its revision, and what is put on it."""
 
     path: str
     revision: str | None = None
     adapter: AdapterReference | None = None
+    delta: DeltaReference | None = None
     override_architecture: str | None = None  # mergekit's; here tensors match by name
 
     @model_validator(mode="before")
@@ -75,17 +99,20 @@ class ModelReference(PlanWords):
 
     @property
     def bare(self) -> ModelReference:
-        """Return the model without its adapter."""
+        """Return the model without what is put on it."""
         return ModelReference(path=self.path, revision=self.revision)
 
     @cached_property
     def key(self) -> Key:
         """Return what two references to the same checkpoint share."""
         mine = (_place(self.path), self.revision)
-        return (*mine, *self.adapter.key) if self.adapter is not None else mine
+        on = self.adapter or self.delta
+        return (*mine, *on.key) if on is not None else mine
 
     def __str__(self) -> str:
         mine = f"{self.path}@{self.revision}" if self.revision else self.path
+        if self.delta is not None:
+            return f"{mine}{'-' if self.delta.revert else '+'}{self.delta}"
         return f"{mine}+{self.adapter}" if self.adapter is not None else mine
 
 
@@ -94,18 +121,51 @@ class Named(PlanWords):
 
     model: ModelReference
     adapter: AdapterReference | None = None  # said again by `model`
+    delta: DeltaReference | None = None  # said again by `model`
 
     @model_validator(mode="before")
     @classmethod
-    def _with_adapter(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or raw.get("adapter") is None or raw.get("model") is None:
+    def _with_what_is_on_it(cls, raw: Any) -> Any:
+        given = [key for key in _ON_IT if isinstance(raw, dict) and raw.get(key) is not None]
+        if not given or raw.get("model") is None:
             return raw
-        adapter = _below(_adapter, raw["adapter"], "adapter")
         model = raw["model"]
         words = dict(model) if isinstance(model, ModelReference) else _below(_model, model, "model")
-        if words.get("adapter") not in (None, adapter):
-            refuse("the model has an adapter already; name one of the two", ("adapter",))
-        return raw | {"model": words | {"adapter": adapter}, "adapter": adapter}
+        for key in given:
+            found = _below(_ON_IT[key], raw[key], key)
+            if words.get(key) not in (None, found):
+                article = "an" if key == "adapter" else "a"
+                refuse(f"the model has {article} {key} already; name one of the two", (key,))
+            words, raw = words | {key: found}, raw | {key: found}
+        _refuse_both(words, given[-1])
+        return raw | {"model": words}
+
+
+def _refuse_both(words: Words, key: str) -> None:
+    """Refuse an adapter and a delta on one model: which is first would matter."""
+    if words.get("adapter") is not None and words.get(_DELTA) is not None:
+        refuse("a model takes an adapter or a delta, not both; merge one of them first", (key,))
+
+
+def _delta(raw: Any) -> Words:
+    """Read a delta: PATH or {path, scale, revert}."""
+    if isinstance(raw, DeltaReference):
+        return dict(raw)
+    if isinstance(raw, str) and raw:
+        return {"path": os.path.expanduser(raw)}
+    if not isinstance(raw, dict):
+        refuse("a delta is a file's PATH, or {path, scale}")
+    _refuse_unknown(raw, ("path", "scale", "revert"), ("path", "scale", "revert"))
+    if not isinstance(raw.get("path"), str) or not raw["path"]:
+        refuse("path must be text", ("path",))
+    scale, revert = raw.get("scale", 1.0), raw.get("revert", False)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        refuse("scale must be a number", ("scale",))
+    if not isinstance(revert, bool):
+        refuse("revert is true or false", ("revert",))
+    if revert and scale != 1.0:
+        refuse("a delta is taken off whole: scale has no effect with revert", ("scale",))
+    return {"path": os.path.expanduser(raw["path"]), "scale": float(scale), "revert": revert}
 
 
 def _below(read: Any, raw: Any, key: str) -> Any:
@@ -138,6 +198,9 @@ def _adapter(raw: Any) -> Words:
     if not isinstance(raw, dict):
         refuse("an adapter is PATH, PATH@REVISION or {path, revision}")
     return _from_path(raw)
+
+
+_ON_IT = {"adapter": _adapter, "delta": _delta}
 
 
 def _split(text: str) -> Words:
@@ -185,18 +248,23 @@ def _from_object(raw: Words) -> Words:
     given = [key for key in _ADAPTER if raw.get(key) is not None]
     if len(given) > 1:
         refuse("'adapter' and 'lora' are one thing; give one", ("lora",))
-    rest = {key: raw[key] for key in raw if key not in (*_ADAPTER, _ARCHITECTURE)}
-    valid = (*_ADAPTER, "model", "path", "revision", _ARCHITECTURE)
+    rest = {key: raw[key] for key in raw if key not in (*_ADAPTER, _DELTA, _ARCHITECTURE)}
+    valid = (*_ADAPTER, _DELTA, "model", "path", "revision", _ARCHITECTURE)
     _refuse_unknown(rest, ("model", "path", "revision"), valid)
     if ("path" not in rest and set(rest) != {"model"}) or {"path", "model"} <= set(rest):
         refuse("a model is PATH@REVISION, {path, revision} or {model}")
     words = _from_path(rest) if "path" in rest else _below(_inner, rest["model"], "model")
     words |= _architecture(raw)
-    if not given:
-        return words
-    if words.get("adapter") is not None:
-        refuse("the model has an adapter already; name one of the two", (given[0],))
-    return words | {"adapter": _below(_adapter, raw[given[0]], given[0])}
+    if raw.get(_DELTA) is not None:
+        if words.get(_DELTA) is not None:
+            refuse("the model has a delta already; name one of the two", (_DELTA,))
+        words |= {_DELTA: _below(_delta, raw[_DELTA], _DELTA)}
+    if given:
+        if words.get("adapter") is not None:
+            refuse("the model has an adapter already; name one of the two", (given[0],))
+        words |= {"adapter": _below(_adapter, raw[given[0]], given[0])}
+    _refuse_both(words, given[0] if given else _DELTA)
+    return words
 
 
 def _architecture(raw: Words) -> Words:

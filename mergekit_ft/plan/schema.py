@@ -26,6 +26,23 @@ _ADAPTER: Json = {
     "description": "an adapter to put on the model: a folder, or a Hub id",
     "anyOf": [_TEXT, _PATH, {"type": "null"}],
 }
+_DELTA: Json = {
+    "description": "a delta file to put on the model, or to take off",
+    "anyOf": [
+        _TEXT,
+        {
+            "type": "object",
+            "properties": {
+                "path": _TEXT,
+                "scale": {"type": "number"},
+                "revert": {"type": "boolean"},
+            },
+            "required": ["path"],
+            "additionalProperties": False,
+        },
+        {"type": "null"},
+    ],
+}
 _ARCHITECTURE: Json = {
     "description": "of mergekit; changes nothing: tensors are matched by name and shape",
     "type": ["string", "null"],
@@ -33,6 +50,7 @@ _ARCHITECTURE: Json = {
 _ON_MODEL: Json = {
     "adapter": _ADAPTER,
     "lora": _ADAPTER,
+    "delta": _DELTA,
     "override_architecture": _ARCHITECTURE,
 }
 _MODEL: Json = {
@@ -129,7 +147,7 @@ def _properties(methods: list[str], steps: list[str]) -> Json:
 
 def _lists() -> Json:
     """Return what a plan, and a module of it, merges: whole models or slices of them."""
-    own = {"model": _ref("model"), "adapter": _ADAPTER, "parameters": _PARAMETERS}
+    own = {"model": _ref("model"), "adapter": _ADAPTER, "delta": _DELTA, "parameters": _PARAMETERS}
     entry = _closed({**own, "prefix": _PREFIX}, ["model"])
     source = _closed({**own, "layer_range": _LAYERS}, ["model", "layer_range"])
     sources = {"type": "array", "minItems": 1, "items": source}

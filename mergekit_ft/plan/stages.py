@@ -83,9 +83,11 @@ def _check_reference(reading: Reading, path: Keys, model: ModelReference) -> Non
     elif model.revision is not None:
         message = f"'{model.path}' is a stage of this plan, which has no revision; "
         reading.add(path, f"{message}drop '@{model.revision}'")
-    elif model.adapter is not None:
-        message = f"'{model.path}' is a stage of this plan, which takes no adapter; "
-        reading.add(path, f"{message}put '{model.adapter}' on the models that it merges")
+    elif model.adapter is not None or model.delta is not None:
+        word = "adapter" if model.adapter is not None else "delta"
+        message = f"'{model.path}' is a stage of this plan, which takes no {word}; "
+        on = model.adapter or model.delta
+        reading.add(path, f"{message}put '{on}' on the models that it merges")
 
 
 def _output(readings: Sequence[Reading], stages: Mapping[str, Reading]) -> Reading:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _TEXTS = ("merge_method", "base_model", "dtype", "out_dtype", "name")
 _LISTS = ("models", "slices", "modules")  # of which a plan has one
-_OF_NAMED = [("model",), ("adapter",), ("base_model",)]
+_OF_NAMED = [("model",), ("adapter",), ("delta",), ("base_model",)]
 _REQUIRED = ("model", "layer_range", "sources")
 _PARAMETERS = {"weight", "density", "normalize", "rescale", "lambda", "int8_mask", "t", "gamma"}
 _PARAMETERS |= {"epsilon", "scale", "filter_wise", "normalize_weights", "select_topk", "max_iter"}
@@ -43,10 +43,13 @@ def build(tree: Any, reading: Reading) -> None:
 
 def _as_written(tree: dict[str, Any], reading: Reading) -> None:
     """Give texts back their spelling: a name of 007 is no number."""
-    named = ("base_model", "model", "adapter")
+    named = ("base_model", "model", "adapter", "delta")
     for path, mark in reading.marks.items():
         texts = path in [(key,) for key in _TEXTS] or (
-            "parameters" not in path and path and (path[-1] in named or path[-2:-1] in _OF_NAMED)
+            "parameters" not in path
+            and path
+            and path[-1] not in ("scale", "revert")
+            and (path[-1] in named or path[-2:-1] in _OF_NAMED)
         )
         if texts and mark.text is not None:
             holder = _at(path[:-1], tree)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mergekit_ft.errors import Fault, PlanError, SourceError
 from mergekit_ft.plan import ModelReference, Reading, nearest_stage, referred
 from mergekit_ft.plan.references import Key
 from mergekit_ft.sources import Source, adapted, open_adapter, open_source
+from mergekit_ft.sources.delta_file import open_delta
+from mergekit_ft.sources.patched import patched
 
 Opened = Mapping[Key, Source]
 Find = Callable[[ModelReference], ModelReference]  # where a model is now
@@ -42,10 +45,14 @@ class Opener:
         return self.sources.get(model.key)
 
     def _on_its_base(self, model: ModelReference, at: ModelReference) -> Source:
-        """Open a model, unless it was before, and put its adapter on it if it has one."""
+        """Open a model, unless it was before, and put its adapter or its delta on it."""
         bare = model.bare.key
         if bare not in self.sources:
             self.sources[bare] = open_source(at.path, at.revision, **self._opening)
+        if at.delta is not None:
+            delta = open_delta(Path(at.delta.path), at.delta.path)
+            words = at.delta.model_dump(include={"scale", "revert"})
+            return patched(self.sources[bare], delta, **words)
         if at.adapter is None:
             return self.sources[bare]
         given = {key: value for key, value in self._opening.items() if key != "headers_only"}

@@ -57,4 +57,5 @@ def derived(
     made.origins = source.origins if origins is None else tuple(origins)
     made.on_disk = source.on_disk
     made.adapter = source.adapter if origins is None else None
+    made.delta = source.delta if origins is None else None
     return made

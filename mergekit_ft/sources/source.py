@@ -66,6 +66,7 @@ class Source(Mapping[str, TensorInfo]):
         self.origins: tuple[Source, ...] = ()  # the sources that this one is computed from
         self.on_disk = self  # as it lies on disk
         self.adapter: tuple[str, str | None] | None = None  # its reference and commit, if on one
+        self.delta: str | None = None  # the reference of the delta that is on it
         self._tensors = _by_name(reference, files)
         self.ties = ties(self.config, self._tensors)
 
