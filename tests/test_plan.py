@@ -295,7 +295,7 @@ def test_a_faulty_line_is_told_with_its_place_and_the_way_out(line: str, told: s
         (
             "{modle: a}",
             "3:6: unknown key 'modle'; did you mean 'model'? "
-            "(valid: model, adapter, parameters, prefix)",
+            "(valid: model, adapter, delta, parameters, prefix)",
         ),
         ("{parameters: {}}", "3:5: missing key 'model': write `- model: PATH`"),
         ("{model: [a]}", "3:13: a model is a path, or PATH@REVISION"),
