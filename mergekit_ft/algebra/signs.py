@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_ft.algebra.choice import bits_of
+
 ROWS = 3  # of scratch
 SIGN = {torch.float32: -(2**31), torch.float64: -(2**63)}  # the bit of a sum that is elected
 
@@ -30,22 +32,17 @@ def merge_weighted(
 ) -> Tensor:
     """Return the same of deltas that have been multiplied by their weights."""
     rows, (sign, heard, spare) = deltas.unbind(), scratch[:ROWS].unbind()
-    elected = torch.bitwise_and(_bits(_sum(rows, spare)), SIGN[sign.dtype], out=_bits(sign))
+    elected = torch.bitwise_and(bits_of(_sum(rows, spare)), SIGN[sign.dtype], out=bits_of(sign))
     for row in rows:
-        _bits(row).bitwise_xor_(elected)
+        bits_of(row).bitwise_xor_(elected)
         torch.relu_(row)
     if normalize:
         _weights_heard(rows, weights, heard, spare)
     mix = rows[0]
     for row in rows[1:]:
         mix.add_(row)
-    _bits(mix).bitwise_xor_(elected)
+    bits_of(mix).bitwise_xor_(elected)
     return mix.div_(heard) if normalize else mix
-
-
-def _bits(values: Tensor) -> Tensor:
-    """Return the values' memory as integers; the lowest integer is the bit of the sign."""
-    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
 
 
 def _sum(rows: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mergekit_ft.algebra.choice import bits_of, choose
 from mergekit_ft.algebra.deltas import add_base
 from mergekit_ft.contract import About, Block, Operator, Place, shared
 
@@ -31,8 +32,8 @@ class Nearswap(Operator):
     t: float = shared(description="largest step of an element; 0 or less: the base")
 
     def scratch(self, k: int) -> int:
-        """Return the rows for the distance and for the step."""
-        return 2
+        """Return the rows for the distance, the step, and whether it reaches."""
+        return 3
 
     def copies(self, k: int, name: str, place: Place) -> int | None:
         """Return the base, where no step is allowed."""
@@ -43,10 +44,10 @@ class Nearswap(Operator):
         a, b = block.base, block.tuned[0]
         step = torch.sub(b, a, out=block.scratch[0])
         distance = torch.abs(step, out=block.scratch[1])
-        reached = distance.le(self.t if self.t >= NEAREST else 0.0)
+        reached = bits_of(block.scratch[2])
+        torch.le(distance, self.t if self.t >= NEAREST else 0.0, out=reached)
         step.mul_(min(1.0, self.t / NEAREST)).clamp_(-max(self.t, 0.0), max(self.t, 0.0))
-        values = add_base(a, step)
-        return torch.where(reached, b, values, out=values)
+        return choose(reached, b, add_base(a, step), distance)
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> Tensor:
         """Return the values in float64, by the weights."""

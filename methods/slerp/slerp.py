@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mergekit_ft.algebra.cells import by_cell, exact, totals
@@ -60,6 +61,6 @@ def _products(block: Block) -> Tensor:
 
     def reduce(cell: slice) -> list[Tensor]:
         a, b = exact(block.base[cell]), exact(block.tuned[0, cell])
-        return [(a * a).sum(), (b * b).sum(), (a * b).sum()]
+        return [torch.dot(a, a), torch.dot(b, b), torch.dot(a, b)]
 
     return by_cell(block.n, reduce)
