@@ -19,6 +19,7 @@ from mergekit_ft.algebra import spectra
 from mergekit_ft.cli import main
 from mergekit_ft.sources import adapted, open_adapter, open_source
 from tests.checkpoints import (
+    save,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -28,7 +29,7 @@ from tests.checkpoints import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft, on what it loads
-RANK = 3
+RANK, F32 = 3, torch.float32
 
 
 def tuned(base: Path, out: Path, chosen: Callable[[str], bool], seed: int = 5) -> Path:
@@ -201,6 +202,25 @@ def test_an_energy_gives_each_matrix_the_least_rank_that_keeps_it(
         assert float((made[name] - tensor).abs().max()) < 1e-5
 
 
+def test_experts_that_the_model_stacks_are_refused_only_where_they_changed(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    small = {"num_hidden_layers": 1, "num_local_experts": 2, "vocab_size": 96, "hidden_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    base = save(MixtralForCausalLM(MixtralConfig(**small, **heads)), tmp_path / "base", F32, 1)
+    other = tuned(base, tmp_path / "tuned", lambda name: True)
+    told = run("extract", base, other, tmp_path / "out", "--rank", 2, "--quiet", fails=4)
+    assert "block_sparse_moe" in told and "(7 of 16 are such)" in told
+    report = extract(base, other, tmp_path / "out", "--rank", 2, "--others", "skip")
+    assert sum("block_sparse_moe" in name for name in report["left_out"]) == 7
+    attention = tuned(base, tmp_path / "attention", lambda name: "self_attn" in name)
+    report = extract(base, attention, tmp_path / "attended", "--rank", RANK)
+    made = by_peft(base, tmp_path / "attended").merge_and_unload().state_dict()
+    for name, tensor in wanted(base, attention, report).items():
+        if "block_sparse_moe" not in name:
+            assert float((made[name] - tensor).abs().max()) < 1e-5, name
+
+
 def test_a_change_of_low_rank_comes_back_whole(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
     weights = load_file(base / "model.safetensors")
@@ -227,7 +247,7 @@ def test_a_sketch_is_nearly_as_good_as_the_whole_spectrum(shape: tuple[int, int]
     found = spectra.by_sketch(matrix, 8, None, "a key")
     optimum = float(squares[:8].sum())
     assert found.rank == 8 and found.iterations > 1
-    assert optimum * (1 - 1e-4) <= found.kept <= optimum * (1 + 1e-12)
+    assert optimum * (1 - 1e-3) <= found.kept <= optimum * (1 + 1e-12)
     rest = float((matrix - found.left @ found.right).square().sum())
     assert rest == pytest.approx(found.total - found.kept, rel=1e-9)
     again = spectra.by_sketch(matrix, 8, None, "a key")
@@ -244,7 +264,8 @@ def test_a_sketched_adapter_says_so_and_its_error_is_measured(tmp_path: Path) ->
     exact = extract(base, other, tmp_path / "exact", "--rank", RANK)
     for sketch, whole in zip(report["matrices"], exact["matrices"], strict=True):
         assert sketch["svd"] == "randomised" and sketch["iterations"] >= 1
-        assert sketch["energy"] == pytest.approx(whole["energy"], abs=1e-4)
+        assert sketch["energy"] == pytest.approx(whole["energy"], abs=1e-3)
+        assert sketch["energy"] <= whole["energy"] + 1e-9
 
 
 def test_the_same_bytes_come_out_on_one_thread_and_on_three(tmp_path: Path) -> None:

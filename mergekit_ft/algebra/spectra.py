@@ -21,8 +21,8 @@ from mergekit_ft.errors import PlanError
 
 EPSILON = 2.0**-23  # singular values below this share of the largest are float32's rounding
 OVERSAMPLED = 16  # columns of a sketch beyond the rank
-ITERATIONS = 24  # of a sketch, at most
-SETTLED = 1e-5  # share of the energy by which one more iteration must not raise it
+ITERATIONS = 8  # of a sketch, at most
+SETTLED = 1e-4  # share of the energy by which one more iteration must not raise it
 
 
 @dataclass(frozen=True)

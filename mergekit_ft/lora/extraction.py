@@ -29,7 +29,7 @@ from mergekit_ft.sources.adapter import PREFIX
 from mergekit_ft.sources.adapter_config import NAME
 from mergekit_ft.sources.layout import listed
 
-SKETCHED = 1536  # a shorter side from which on a sketch is quicker than the whole spectrum
+SKETCHED = 3072  # a shorter side from which on a sketch is quicker than the whole spectrum
 CPU = torch.device("cpu")
 
 
@@ -172,17 +172,22 @@ class _Run:
             return
         if pair.name not in self.chosen or self.asked.others == "skip":
             self.left[pair.name] = found
-        else:
-            self.others.add(pair, found)
+            return
+        if not self.skeleton.knows(pair.name):
+            raise self._no_place(pair)
+        self.others.add(pair, found)
+
+    def _no_place(self, pair: Pair) -> SourceError:
+        """Say that a tensor changed which the model's class holds otherwise, as it does experts."""
+        alike = [n for n in self.pairs if n in self.chosen and not self.skeleton.knows(n)]
+        return SourceError(
+            f"{self.tuned.reference}: {pair.name} changed, and transformers' model has no tensor "
+            f"of that name ({len(alike)} of {len(self.pairs)} are such), so an adapter on it would "
+            "not load; leave them out (--exclude, or --others skip)"
+        )
 
     def _require_known(self) -> None:
         """Refuse, before a weight is read, what could have no place in an adapter."""
-        foreign = [n for n in self.pairs if n in self.chosen and not self.skeleton.knows(n)]
-        if foreign:
-            raise SourceError(
-                f"{self.base.reference}: transformers' model of it has no {listed(foreign)}, so an "
-                "adapter on these would not load; leave them out (--exclude)"
-            )
         added = [name for name in self.pairs.added if name in self.chosen]
         if added and self.asked.others != "skip":
             raise SourceError(

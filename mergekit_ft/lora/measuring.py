@@ -12,8 +12,7 @@ from torch import Tensor
 from mergekit_ft.blocks import Crew, Job, Station
 from mergekit_ft.errors import WriteError
 from mergekit_ft.sources import Adapter, open_adapter
-from mergekit_ft.sources.dtypes import TORCH
-from mergekit_ft.sources.header import TensorInfo
+from mergekit_ft.sources.low_rank import Stored
 
 AGREED = 1e-6  # of the energy that the files keep, with the energy that was worked out
 ROWS = 512  # of a product at a time
@@ -32,19 +31,12 @@ def measure(folder: Path, checks: Iterable[Check], threads: int) -> Adapter:
     return adapter
 
 
-def factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+def _factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     """Return (out, rank) with the scale in it and (rank, in), in float64."""
     held = adapter.factors[module]
     assert held.a is not None and held.b is not None
-    left = tensor(adapter, held.b).double().mul_(adapter.config.scale_of(module))
-    return left, tensor(adapter, held.a).double()
-
-
-def tensor(adapter: Adapter, info: TensorInfo) -> Tensor:
-    """Return a tensor of an adapter as it is stored."""
-    data = bytearray(info.nbytes)
-    adapter.reader.read_into(info, 0, memoryview(data))
-    return torch.frombuffer(data, dtype=TORCH[info.dtype]).view(info.shape)
+    left, right = (Stored(adapter.reader, info).whole().double() for info in (held.b, held.a))
+    return left.mul_(adapter.config.scale_of(module)), right
 
 
 def _jobs(adapter: Adapter, checks: Iterable[Check]) -> Iterator[Job]:
@@ -56,7 +48,7 @@ def _job(adapter: Adapter, check: Check) -> Job:
     module, total, kept, matrix, tell = check
 
     def piece(station: Station) -> None:
-        missed = _missed(matrix(), *factors(adapter, module))
+        missed = _missed(matrix(), *_factors(adapter, module))
         share = 1.0 - missed / total
         if not abs(share - kept / total) <= AGREED:
             raise WriteError(

@@ -15,8 +15,9 @@ from mergekit_ft.errors import OperatorError, PlanError, SourceError
 from mergekit_ft.sources import Adapter, TensorInfo
 from mergekit_ft.sources.adapter import Factors
 from mergekit_ft.sources.adapter_config import NAME
-from mergekit_ft.sources.dtypes import FLOATING, TORCH
+from mergekit_ft.sources.dtypes import FLOATING
 from mergekit_ft.sources.layout import listed, read_json
+from mergekit_ft.sources.low_rank import Stored
 
 WAY_OUT = "merge the models instead, each written BASE+ADAPTER in a plan"
 
@@ -47,9 +48,7 @@ class Member:
         return left.mul_(self.adapter.config.scale_of(module)), right
 
     def _read(self, info: TensorInfo) -> Tensor:
-        data = bytearray(info.nbytes)
-        self.adapter.reader.read_into(info, 0, memoryview(data))
-        values = torch.frombuffer(data, dtype=TORCH[info.dtype]).view(info.shape)
+        values = Stored(self.adapter.reader, info).whole()
         odd = values.double().isfinite().logical_not()
         if bool(odd.any()):
             at = int(odd.flatten().nonzero()[0])
@@ -107,7 +106,7 @@ class Members(Sequence[Member]):
         """Return (out, in) of every module; refuse two that differ."""
         found: dict[str, tuple[int, int]] = {}
         modules = {module for member in self._members for module in member.adapter.factors}
-        for module in sorted(modules):
+        for module in sorted(modules, key=_by_number):
             seen = {
                 (f.b.shape[0], f.a.shape[1], f.table): member
                 for member, f in self.holding(module)
@@ -137,6 +136,11 @@ class Members(Sequence[Member]):
                             f"{module} and {twin} look like one module under two names: save both "
                             "adapters from the same class of model"
                         )
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Return what puts layer 10 after layer 2."""
+    return [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")]
 
 
 def members(adapters: Sequence[Adapter], weights: Sequence[float]) -> Members:

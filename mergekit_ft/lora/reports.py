@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mergekit_ft.checkpoint.card import HUB_ID
 from mergekit_ft.inspection.tables import count, size, table
 
 Report = dict[str, Any]
@@ -96,7 +98,8 @@ def _cells(m: Mapping[str, Any]) -> list[str]:
 
 
 def _front(base: str | None) -> str:
-    named = f"base_model: {base}\n" if base and not base.startswith(("/", ".", "~")) else ""
+    on_hub = base is not None and HUB_ID.fullmatch(base) and not os.path.exists(base)
+    named = f"base_model: {base}\n" if on_hub else ""
     return f"---\n{named}library_name: peft\ntags:\n- lora\n- mergekit-ft\n---"
 
 
