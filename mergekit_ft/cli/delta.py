@@ -7,11 +7,15 @@ from typing import Any
 import click
 
 from mergekit_ft.cli import printing, settings
+from mergekit_ft.cli.extracting import extract
 
 
 @click.group()
 def delta() -> None:
     """Make, apply, revert and look at deltas: changes to a model as small, checked files."""
+
+
+delta.add_command(extract)
 
 
 def _writing(command: Any) -> Any:

@@ -69,6 +69,28 @@ def merging(command: Command) -> Command:
     )
 
 
+def making(command: Command) -> Command:
+    """Add the options of commands that write one file from checkpoints."""
+    return _apply(
+        command,
+        (
+            click.option(
+                "--memory", type=SIZE, default="1GiB", show_default=True, help="Bytes for blocks."
+            ),
+            click.option(
+                "--threads", type=click.IntRange(1), help="Workers; one a core, at most 8."
+            ),
+            offline,
+            allow_pickle,
+            click.option(
+                "--overwrite", is_flag=True, help="Replace OUT once the new one is whole."
+            ),
+            click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+            as_json,
+        ),
+    )
+
+
 def _apply(command: Command, options: Iterable[Callable[[Command], Command]]) -> Command:
     for option in reversed(list(options)):
         command = option(command)
