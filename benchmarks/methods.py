@@ -71,7 +71,7 @@ ROWS = {
 def main() -> None:
     """Make the models, then print a row for each method."""
     asked = _arguments()
-    names = asked.methods or registry.names()
+    names = asked.methods or registry.names("operator")
     if unmeasured := set(names) - set(ROWS):
         raise SystemExit(f"benchmarks/methods.py has no row for {', '.join(sorted(unmeasured))}")
     with tempfile.TemporaryDirectory(dir=asked.folder) as made:

@@ -62,8 +62,33 @@ def merge(
         resolution.close()
 
 
-def run(resolution: Resolution, out: Path, options: Options, watcher: Progress) -> Result:
+class Story:
+    """What is told beside the weights: that they are a merge."""
+
+    what = "merging"
+
+    def files(self, resolution: Resolution) -> Mapping[str, bytes]:
+        """Return files to write besides the base's; line ends of a plan as they were written."""
+        return {PLAN: resolution.plan.text.encode()}
+
+    def receipt(self, receipt: dict[str, Any]) -> dict[str, Any]:
+        """Return the receipt with what more there is to say."""
+        return receipt
+
+    def card(self, resolution: Resolution, receipt: Mapping[str, Any]) -> str:
+        """Return the README.md."""
+        return card.card(resolution, receipt)
+
+
+def run(
+    resolution: Resolution,
+    out: Path,
+    options: Options,
+    watcher: Progress,
+    story: Story | None = None,
+) -> Result:
     """Stream every tensor past its operator into the writer, then commit."""
+    told = story or Story()
     _refuse_sources_as_out(resolution, out)
     resolution.notes += sides.notes(resolution, copy_code=options.copy_code)
     files = layout.out_files(resolution, options.max_shard_size)
@@ -80,11 +105,11 @@ def run(resolution: Resolution, out: Path, options: Options, watcher: Progress) 
         }
         passes.touch = lambda ref: _start(digests, ref)
         passes.findings = writer.findings
-        watcher.start(_bytes_to_move(passes, writer), f"merging into {out}")
+        watcher.start(_bytes_to_move(passes, writer), f"{told.what} into {out}")
         passes.survey_model(writer.note_finding)
         passes.merge(_IntoFiles(writer, hashing), lambda task: task.name in writer.changed)
         _require_change(resolution, writer, options)
-        receipt = _surround(resolution, writer, digests, options)
+        receipt = _surround(resolution, writer, digests, options, told)
         writer.commit(receipt)
     return _result(resolution, out, receipt)
 
@@ -142,7 +167,7 @@ def passes_for(resolution: Resolution, options: Options) -> Passes:
 
 
 def _surround(
-    resolution: Resolution, writer: Writer, digests: Digests, options: Options
+    resolution: Resolution, writer: Writer, digests: Digests, options: Options, story: Story
 ) -> dict[str, Any]:
     """Write what lies around the weights and return the receipt."""
     part = writer.part
@@ -151,17 +176,19 @@ def _surround(
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         (part / INDEX).write_text(text, encoding="utf-8")
         names.append(INDEX)
-    (part / PLAN).write_bytes(resolution.plan.text.encode())  # line ends as they were written
-    outputs = {name: _recorded(part / name, digests) for name in (*names, PLAN)}
+    for name, content in story.files(resolution).items():
+        (part / name).write_bytes(content)
+        names.append(name)
+    outputs = {name: _recorded(part / name, digests) for name in names}
     inputs = {
         str(source): {name: _identified(file, digests) for name, file in source.inputs.items()}
         for source in resolution.leaves
     }
     parts = (inputs, writer.findings, options.kept(), writer.changed)
-    text = card.card(resolution, lock.receipt(resolution, outputs, *parts))
+    text = story.card(resolution, story.receipt(lock.receipt(resolution, outputs, *parts)))
     (part / CARD).write_text(text, encoding="utf-8")
     outputs[CARD] = _recorded(part / CARD, digests)
-    return lock.receipt(resolution, outputs, *parts)
+    return story.receipt(lock.receipt(resolution, outputs, *parts))
 
 
 def _recorded(path: Path, digests: Digests) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mergekit_ft
 from mergekit_ft.errors import PlanError
@@ -17,12 +17,29 @@ if TYPE_CHECKING:
 
     from mergekit_ft.contract import Operator
 
+
 GROUP = "mergekit_ft.methods"  # of entry points, and where the folders are importable
 
 
-def names() -> list[str]:
-    """Return every method's name, sorted, without importing one."""
-    return sorted({*_folders(), *_entry_points()})
+class Kind(NamedTuple):
+    """A kind of method."""
+
+    word: str  # the class that those of this kind derive from
+    told: str  # what one is, for people
+
+
+KINDS = {
+    "adjustment": Kind("Adjustment", "a method that merges"),
+    "tuner": Kind("Tuner", "a tuner, for `tuner:` of a tune plan"),
+    "objective": Kind("Objective", "an objective, for `objective:` of a tune plan"),
+    "operator": Kind("Operator", "a method that merges"),
+}
+
+
+def names(wanted: str | None = None) -> list[str]:
+    """Return every method's name, or those of a kind, sorted, without importing one."""
+    found = sorted({*_folders(), *_entry_points()})
+    return found if wanted is None else [name for name in found if _is(name, wanted)]
 
 
 def summary(name: str) -> str:
@@ -34,21 +51,28 @@ def summary(name: str) -> str:
 
 
 def kind(name: str) -> str:
-    """Return "adjustment" for what may also stand under `then:`, read without importing it."""
-    import ast
+    """Return what a method is, a key of KINDS, read without importing it.
 
+    An "adjustment" is an operator that may also stand under `then:`.
+    """
     module = _module_file(name)
     files = [file for file in (module, module.with_name(f"{name}.py")) if file.is_file()]
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
-    bases = {
+    bases = {base for file in files for base in _bases(file)}
+    return next((kind for kind, known in KINDS.items() if known.word in bases), "operator")
+
+
+@cache
+def _bases(file: Path) -> frozenset[str]:
+    """Return the classes that those of a module derive from."""
+    import ast
+
+    return frozenset(
         base.id
-        for tree in trees
-        for node in tree.body
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
         for base in node.bases
         if isinstance(base, ast.Name)
-    }
-    return "adjustment" if "Adjustment" in bases else "operator"
+    )
 
 
 def card(name: str) -> str:
@@ -60,8 +84,14 @@ def card(name: str) -> str:
 
 
 def method(name: str) -> type[Operator]:
-    """Return a method's class; torch is imported with it."""
-    _require(name)
+    """Return the class of a method that merges; torch is imported with it."""
+    found: type[Operator] = of_kind(name, "operator")
+    return found
+
+
+def of_kind(name: str, wanted: str) -> Any:
+    """Return the class of a method of a kind, a key of KINDS; torch is imported with it."""
+    _require(name, wanted)
     if name in _folders() and name in _entry_points():
         raise PlanError(f"method '{name}' is both built in and an entry point; uninstall one")
     if name in _folders():
@@ -106,11 +136,20 @@ def _entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def _require(name: str) -> None:
-    valid = names()
-    if name not in valid:
-        hint = did_you_mean(name, valid)
-        raise PlanError(f"unknown method '{name}'{hint} (methods: {', '.join(valid) or 'none'})")
+def _require(name: str, wanted: str | None = None) -> None:
+    """Refuse a name that no method has, or one of another kind."""
+    valid = names(wanted)
+    if name in valid:
+        return
+    if name in names():
+        raise PlanError(f"{name} is {KINDS[kind(name)].told}, not {KINDS[str(wanted)].told}")
+    what = "method" if wanted in (None, "operator") else wanted
+    listed = f"{what}s: {', '.join(valid) or 'none'}"
+    raise PlanError(f"unknown {what} '{name}'{did_you_mean(name, valid)} ({listed})")
+
+
+def _is(name: str, wanted: str) -> bool:
+    return kind(name) == wanted or (wanted, kind(name)) == ("operator", "adjustment")
 
 
 def _module_file(name: str) -> Path:
@@ -123,12 +162,13 @@ def _module_file(name: str) -> Path:
     return Path(found.origin)
 
 
-def _only_class(module_name: str, attribute: str) -> type[Operator]:
-    from mergekit_ft.contract import Operator
+def _only_class(module_name: str, attribute: str) -> Any:
+    from mergekit_ft import contract, learning
 
+    kinds = (contract.Operator, learning.Tuner, learning.Objective)
     module = importlib.import_module(module_name)
     exported = [attribute] if attribute else list(getattr(module, "__all__", ()))
     found = [getattr(module, word, None) for word in exported]
-    if len(found) != 1 or not (isinstance(found[0], type) and issubclass(found[0], Operator)):
-        raise PlanError(f"{module_name} must export one operator class in __all__, not {exported}")
+    if len(found) != 1 or not (isinstance(found[0], type) and issubclass(found[0], kinds)):
+        raise PlanError(f"{module_name} must export one method's class in __all__, not {exported}")
     return found[0]

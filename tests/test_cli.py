@@ -165,7 +165,7 @@ def test_methods_card_and_schema_know_every_method() -> None:
         assert call("card", name).stdout.strip() == registry.card(name).strip()
     schema = json.loads(call("schema").stdout)
     named = {choice["const"] for choice in schema["properties"]["merge_method"]["oneOf"]}
-    assert named == set(registry.names())
+    assert named == set(registry.names("operator"))
 
 
 def test_inspect_and_check_print_text() -> None:

@@ -36,7 +36,7 @@ from tests.checkpoints import tiny_llama
 from tests.merging import part_of, vectors
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = registry.names()
+NAMES = registry.names("operator")
 OPERATORS = [name for name in NAMES if issubclass(registry.method(name), Operator)]
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 PLACE = Place("block", "model.layers", 1, 3)

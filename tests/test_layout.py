@@ -19,6 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergekit_ft import registry
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("mergekit_ft", "methods")
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
@@ -140,7 +142,8 @@ def test_a_methods_folder_is_whole(folder: Path) -> None:
     assert wanted <= {path.name for path in folder.iterdir()}
     assert (ROOT / "tests" / "methods" / f"test_{name}.py").is_file()
     first = (folder / "plan.yaml").read_text(encoding="utf-8").splitlines()[0]
-    assert re.match(rf"# *mergekit-ft merge methods/{name}/plan\.yaml \S", first), first
+    command = "tune" if registry.kind(name) in ("tuner", "objective") else "merge"
+    assert re.match(rf"# *mergekit-ft {command} methods/{name}/plan\.yaml \S", first), first
 
 
 def test_every_folder_of_methods_is_a_method_with_a_line_in_the_table() -> None:

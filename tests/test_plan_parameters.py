@@ -425,7 +425,7 @@ def test_every_method_that_ships_says_what_it_takes(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     found = schema()
     json.dumps(found)
-    for name in registry.names():
+    for name in registry.names("operator"):
         taken = set(found["definitions"][f"{name}.shared"]["properties"])
         fields = registry.method(name).model_fields
         assert taken == {field.alias or word for word, field in fields.items()}

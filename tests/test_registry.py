@@ -12,6 +12,7 @@ import pytest
 from mergekit_ft import registry
 from mergekit_ft.contract import Operator
 from mergekit_ft.errors import PlanError
+from mergekit_ft.learning import Objective, Tuner
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,15 +53,24 @@ def test_every_summary_is_one_line() -> None:
         assert line and "\n" not in line
 
 
-def test_every_method_is_one_operator_class() -> None:
-    for name in registry.names():
-        assert issubclass(registry.method(name), Operator)
+def test_every_method_is_one_class_of_its_kind() -> None:
+    kinds = {"operator": Operator, "tuner": Tuner, "objective": Objective}
+    for kind, owed in kinds.items():
+        assert all(issubclass(registry.of_kind(n, kind), owed) for n in registry.names(kind))
+    assert sum(len(registry.names(kind)) for kind in kinds) == len(registry.names())
+
+
+def test_a_method_of_another_kind_is_told_what_it_is() -> None:
+    with pytest.raises(PlanError, match=r"lift is a tuner, .*, not a method that merges"):
+        registry.method("lift")
+    with pytest.raises(PlanError, match="ties is a method that merges, not an objective"):
+        registry.of_kind("ties", "objective")
 
 
 def test_the_kind_of_a_method_is_that_of_its_class() -> None:
     from mergekit_ft.contract import Adjustment
 
-    for name in registry.names():
+    for name in registry.names("operator"):
         adjusts = issubclass(registry.method(name), Adjustment)
         assert registry.kind(name) == ("adjustment" if adjusts else "operator")
 
@@ -116,7 +126,7 @@ def test_a_module_that_exports_no_class_is_refused(
 ) -> None:
     write_module(tmp_path, "third_three", exported="[]")
     third_party(monkeypatch, tmp_path, "mine", "third_three")
-    with pytest.raises(PlanError, match="must export one operator class"):
+    with pytest.raises(PlanError, match="must export one method"):
         registry.method("mine")
 
 

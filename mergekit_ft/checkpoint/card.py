@@ -25,25 +25,24 @@ WEIGHTS = ".safetensors"
 def card(resolution: Resolution, receipt: Mapping[str, Any]) -> str:
     """Return the README.md of the output; the receipt may lack the card itself."""
     plan = resolution.plan
-    front = yaml.safe_dump(_front(resolution), sort_keys=False, allow_unicode=True)
     parts = [
-        f"---\n{front}---",
+        front(resolution, "merge"),
         f"# {plan.name or _title(resolution)}",
         f"A merge of open models, made with mergekit-ft by `{plan.merge_method}`.",
         f"- **Method** `{plan.merge_method}`: {registry.summary(plan.merge_method)}",
         *(f"- **Then** `{s.method}`: {registry.summary(s.method)}" for s in plan.then),
-        _models(resolution),
-        f"## Plan\n\n{_fenced(plan.text.strip(), 'yaml')}\n\n`{PLAN}` holds the same text.",
+        models(resolution),
+        f"## Plan\n\n{fenced(plan.text.strip(), 'yaml')}\n\n`{PLAN}` holds the same text.",
         *_section("Notes", receipt["notes"]),
-        _receipt(receipt),
+        receipt_of(receipt),
         f"## Verify\n\n`{RECEIPT}` has the SHA-256 of every file that went in and came out. This "
         f"hashes them again and recomputes a sample of the tensors:\n\n"
-        f"{_fenced('mergekit-ft verify .', 'bash')}",
+        f"{fenced('mergekit-ft verify .', 'bash')}",
     ]
-    return _joined(parts)
+    return joined(parts)
 
 
-def _joined(parts: list[str]) -> str:
+def joined(parts: list[str]) -> str:
     """Join paragraphs; items of one list stand close."""
     text = "\n\n".join(parts) + "\n"
     return re.sub(r"(?m)^(- .*)\n\n(?=- )", r"\1\n", text)
@@ -67,14 +66,20 @@ def _title(resolution: Resolution) -> str:
     return f"{resolution.plan.merge_method} merge of {' + '.join(dict.fromkeys(names))}"
 
 
-def _front(resolution: Resolution) -> dict[str, Any]:
+def front(resolution: Resolution, relation: str) -> str:
+    """Return what the hub reads of a card; `relation` is the output's to its base models."""
+    words = yaml.safe_dump(_front(resolution, relation), sort_keys=False, allow_unicode=True)
+    return f"---\n{words}---"
+
+
+def _front(resolution: Resolution, relation: str) -> dict[str, Any]:
     named = [model for source in resolution.leaves for model in _on_hub(source)]
     front = dict(licences.agreed(resolution))
     if named:
-        front |= {"base_model": list(dict.fromkeys(named)), "base_model_relation": "merge"}
+        front |= {"base_model": list(dict.fromkeys(named)), "base_model_relation": relation}
     if resolution.donor.config:
         front["library_name"] = "transformers"
-    return front | {"tags": ["merge", "mergekit-ft"]}
+    return front | {"tags": [relation, "mergekit-ft"]}
 
 
 def _on_hub(source: Source) -> Iterator[str]:
@@ -85,7 +90,8 @@ def _on_hub(source: Source) -> Iterator[str]:
             yield name
 
 
-def _models(resolution: Resolution) -> str:
+def models(resolution: Resolution) -> str:
+    """Return the models that were read, with their licences."""
     lines = ["## Models\n"]
     for source in resolution.leaves:
         role = " (base)" if source is resolution.base else ""
@@ -95,7 +101,8 @@ def _models(resolution: Resolution) -> str:
     return "\n".join(lines)
 
 
-def _receipt(receipt: Mapping[str, Any]) -> str:
+def receipt_of(receipt: Mapping[str, Any]) -> str:
+    """Return what the receipt says, for people."""
     changed = receipt["changed"]
     versions = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items())
     lines = [
@@ -114,7 +121,7 @@ def _receipt(receipt: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _fenced(text: str, language: str) -> str:
+def fenced(text: str, language: str) -> str:
     """Return text in a fence that is longer than any within it."""
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

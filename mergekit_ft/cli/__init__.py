@@ -13,6 +13,7 @@ from mergekit_ft.cli.merging import check, merge
 from mergekit_ft.cli.methods import card, methods, schema
 from mergekit_ft.cli.migrating import migrate
 from mergekit_ft.cli.pushing import push
+from mergekit_ft.cli.tuning import tune
 
 __all__ = ["DIFFERENT", "INTERRUPTED", "main"]
 
@@ -30,6 +31,7 @@ COMMANDS = (
     push,
     migrate,
     inspect,
+    tune,
     delta,
     lora,
     methods,

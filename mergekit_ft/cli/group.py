@@ -34,7 +34,7 @@ class Main(click.Group):
                 _say_way_out(error)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            merging = ctx.invoked_subcommand == "merge"
+            merging = ctx.invoked_subcommand in ("merge", "tune")
             more = "; the same command with --resume goes on from here" if merging else ""
             click.echo(f"\ninterrupted{more}", err=True)
             ctx.exit(INTERRUPTED)

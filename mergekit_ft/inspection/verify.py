@@ -81,6 +81,8 @@ def _against_sources(
     from mergekit_ft.inspection.recompute import Absent, reopen
 
     inputs, root, offline = opening
+    if "tuning" in receipt:
+        return {"absent": "a training is not repeated; `mergekit-ft tune` with its plan does that"}
     try:
         resolution = reopen(receipt, out, root, offline=offline)
     except MergekitError as error:

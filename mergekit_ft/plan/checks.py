@@ -27,7 +27,7 @@ def method_of(reading: Reading) -> type[Operator] | None:
         return registry.method(reading.plan.merge_method)
     except PlanError as error:
         reading.add(("merge_method",), _said(error))
-        nearest = registry.nearest(reading.plan.merge_method, registry.names(), most=1)
+        nearest = registry.nearest(reading.plan.merge_method, registry.names("operator"), most=1)
         if not nearest:
             return None
         reading.plan = reading.plan.model_copy(update={"merge_method": nearest[0]})
@@ -125,7 +125,8 @@ def adjustments(reading: Reading) -> dict[int, type[Operator]]:
 def _adjustment_names() -> list[str]:
     from mergekit_ft.contract import Adjustment
 
-    return [name for name in registry.names() if issubclass(registry.method(name), Adjustment)]
+    known = registry.names("operator")
+    return [name for name in known if issubclass(registry.method(name), Adjustment)]
 
 
 def _said(error: PlanError) -> str:

@@ -50,7 +50,7 @@ class Parameter:
         try:
             self.kind.validate_python(object())
         except ValidationError as error:
-            return " or ".join(dict.fromkeys(map(_accepts, error.errors())))
+            return " or ".join(dict.fromkeys(map(accepted, error.errors())))
         return "another value"
 
     def _told(self, raw: Any, error: ValidationError) -> str:
@@ -58,7 +58,7 @@ class Parameter:
         said = [str(e["ctx"]["error"]) for e in errors if e["type"] == "value_error"]
         if said:
             return f"{self.word}: {said[0]}"
-        wanted = list(dict.fromkeys(map(_accepts, errors)))
+        wanted = list(dict.fromkeys(map(accepted, errors)))
         words = re.findall(r"'([^']+)'", " ".join(wanted))
         hint = did_you_mean(raw, words) if isinstance(raw, str) else ""
         return f"{self.word} must be {' or '.join(wanted)}; got {shown(raw)}{hint}"
@@ -124,7 +124,7 @@ _BOUNDS = {
 }
 
 
-def _accepts(error: ErrorDetails) -> str:
+def accepted(error: ErrorDetails) -> str:
     """Return what would have been accepted where pydantic refused."""
     kind, details = error["type"], error.get("ctx", {})
     if kind in _BOUNDS:

@@ -102,7 +102,7 @@ def schema() -> Json:
     """Return the JSON Schema (draft 7) of a plan."""
     from mergekit_ft.contract import Adjustment
 
-    methods = {name: registry.method(name) for name in registry.names()}
+    methods = {name: registry.method(name) for name in registry.names("operator")}
     definitions: Json = {"model": _MODEL}
     for name, method in methods.items():
         definitions |= _definitions(name, method)

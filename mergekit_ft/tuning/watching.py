@@ -1,0 +1,93 @@
+"""Who watches a training: a bar or lines, curves, and what keeps a step's number honest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+CURVES = "curves.json"
+
+
+class Curves(TrainerCallback):
+    """Keeps what is logged, and shows it."""
+
+    def __init__(self, phase: int, phases: int, show: str) -> None:
+        self.phase, self.phases, self.show = phase, phases, show  # "lines", "json", "nothing"
+        self.entries: list[dict[str, Any]] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave what was measured with the checkpoint, as the last of its files."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / CURVES).write_text(json.dumps(self.entries))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Take what was measured at a step."""
+        kept = ("loss", "eval_loss", "grad_norm", "learning_rate")
+        found = {key: float(value) for key, value in (logs or {}).items() if key in kept}
+        if not found:
+            return
+        entry = {"phase": self.phase + 1, "step": state.global_step, **found}
+        self.entries.append(entry)
+        if self.show == "json":
+            print(json.dumps(entry), file=sys.stderr, flush=True)  # noqa: T201
+        elif self.show == "lines":
+            print(self._line(entry, state.max_steps), file=sys.stderr, flush=True)  # noqa: T201
+
+    def _line(self, entry: dict[str, Any], steps: int) -> str:
+        where = f"step {entry['step']} of {steps}"
+        if self.phases > 1:
+            where = f"phase {self.phase + 1} of {self.phases}, {where}"
+        names = {"loss": "loss", "eval_loss": "validation loss"}
+        told = [f"{word} {entry[key]:.4f}" for key, word in names.items() if key in entry]
+        return f"{where}: {', '.join(told)}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the bars and remarks of transformers away; what matters is said by us."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def write_curves(entries: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Write curves.json, and curves.png where matplotlib is installed; return their names."""
+    (folder / CURVES).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return [CURVES]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)")
+    last = 0
+    starts = []
+    for phase in sorted({entry["phase"] for entry in entries}):
+        mine = [entry for entry in entries if entry["phase"] == phase]
+        starts.append(last)
+        for key, style, word in (("loss", "-", "training"), ("eval_loss", "o--", "validation")):
+            points = [(last + e["step"], e[key]) for e in mine if key in e]
+            if points:
+                label = word if phase == mine[0]["phase"] and phase == 1 else None
+                colour = {"loss": "#1b6ca8", "eval_loss": "#c8553d"}[key]
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+        last += max((entry["step"] for entry in mine), default=0)
+    for start in starts[1:]:
+        axes.axvline(start, color="0.7", linewidth=1)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "curves.png", dpi=150)
+    return [CURVES, "curves.png"]
