@@ -52,7 +52,7 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> None:
         return METHODS[name]
 
     monkeypatch.setattr(registry, "method", method)
-    monkeypatch.setattr(registry, "names", lambda: sorted(METHODS))
+    monkeypatch.setattr(registry, "names", lambda kind=None: sorted(METHODS))
     monkeypatch.setattr(registry, "summary", lambda name: f"About {name}.")
 
 

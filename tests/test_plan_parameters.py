@@ -54,7 +54,7 @@ PLACES = places(
 @pytest.fixture(autouse=True)
 def methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "method", METHODS.__getitem__)
-    monkeypatch.setattr(registry, "names", lambda: sorted(METHODS))
+    monkeypatch.setattr(registry, "names", lambda kind=None: sorted(METHODS))
 
 
 def deltas(own: str = "1", top: str = "", more: str = "") -> str:
