@@ -19,6 +19,8 @@ from mergekit_ft.resolution import Ref, Task
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.dtypes import FLOATING, TORCH
 
+SLAB = 2**20  # bytes
+
 Tallied = Generator[list[Piece], None, Finding]
 
 
@@ -32,6 +34,25 @@ class Sink(Protocol):
         """Take note that a tensor is whole, and whether it differs from the base."""
 
 
+class _Slabs:
+    """Memory for what is kept of many blocks.
+
+    Small parts that stay where they were made would keep what is freed around them in pieces, too
+    small for the next block: memory would grow with a tensor's length.
+    """
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0)
+
+    def keep(self, part: Tensor) -> Tensor:
+        """Return a copy that lies beside the others; their dtype is one."""
+        n = part.numel()
+        if n > len(self._free):
+            self._free = torch.empty(max(n, SLAB // part.element_size()), dtype=part.dtype)
+        kept, self._free = self._free[:n], self._free[n:]
+        return kept.view(part.shape).copy_(part)
+
+
 class _Total:
     """The sum of one measure over a stream of blocks."""
 
@@ -39,6 +60,7 @@ class _Total:
         self.measure = measure
         self._rows: dict[tuple[int, int], Tensor] = {}  # (task, start) -> (cells, s)
         self._tally: Tensor | None = None
+        self._slabs = _Slabs()
         self._lock = threading.Lock()
 
     def add(self, order: int, block: Block) -> None:
@@ -48,7 +70,7 @@ class _Total:
             part = self.measure.host(block, part)
         with self._lock:
             if self.measure.cells:
-                self._rows[order, block.start] = part
+                self._rows[order, block.start] = self._slabs.keep(part)
             else:
                 self._tally = part if self._tally is None else self._tally.add_(part)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,11 +13,14 @@ from mergekit_ft.contract import About, Block
 
 
 class Masks:
-    """The masks of a tensor's blocks."""
+    """The masks of a tensor's blocks, in one piece of memory."""
 
     def __init__(self, k: int, about: About) -> None:
         self.room = k * about.numel <= 8 * about.spare
-        self._kept: dict[tuple[int, int, int], Bits] = {}  # by model, start and length of a block
+        self._shape = k, about.numel // 8 + about.numel // about.cell + 2
+        self._bits: Bits | None = None
+        self._kept: set[tuple[int, int, int]] = set()  # model, start and length of a block
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -23,12 +28,22 @@ class Masks:
     def keep(self, block: Block, i: int, mask: Bits) -> None:
         """Keep the (n,) ones and zeros of model i."""
         if self.room:
-            self._kept[i, block.start, block.n] = np.packbits(mask)
+            with self._lock:
+                if self._bits is None:
+                    self._bits = np.empty(self._shape, dtype=np.uint8)
+                self._kept.add((i, block.start, block.n))
+            self._place(self._bits, block, i)[:] = np.packbits(mask)
 
     def kept(self, block: Block, i: int) -> Bits | None:
         """Return the (n,) ones and zeros of model i, if they were kept."""
-        bits = self._kept.get((i, block.start, block.n))
-        return None if bits is None else np.unpackbits(bits, count=block.n)
+        if self._bits is None or (i, block.start, block.n) not in self._kept:
+            return None
+        return np.unpackbits(self._place(self._bits, block, i), count=block.n)
+
+    def _place(self, bits: Bits, block: Block, i: int) -> Bits:
+        """Return where a block's bits lie: a cell may begin within a byte, so it has one more."""
+        start = block.start // 8 + block.start // block.cell
+        return bits[i, start : start + (block.n + 7) // 8]
 
 
 def apply(mask: Bits, delta: Tensor) -> Tensor:
