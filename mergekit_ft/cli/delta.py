@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mergekit_ft.cli import printing, settings
-from mergekit_ft.cli.extracting import extract
+from mergekit_ft.cli.extracting import compose, extract
 
 
 @click.group()
@@ -16,6 +16,7 @@ def delta() -> None:
 
 
 delta.add_command(extract)
+delta.add_command(compose)
 
 
 def _writing(command: Any) -> Any:
