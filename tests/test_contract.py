@@ -29,6 +29,7 @@ from mergekit_ft.contract import (
     Place,
     Survey,
 )
+from mergekit_ft.deltas.extract import extract
 from mergekit_ft.layers import places
 from mergekit_ft.plan import read
 from mergekit_ft.plan.fields import REQUIRED, parameters_of
@@ -374,10 +375,12 @@ def test_a_card_names_code_that_exists(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the checkpoints that the methods' plans name."""
+    """Return a folder with the checkpoints and the deltas that the methods' plans name."""
     home = tmp_path_factory.mktemp("plans")
     for seed, name in enumerate(("base", "maths", "chat")):
         tiny_llama(home / name, seed=seed, layers=2)
+    for name in ("maths", "chat"):
+        extract(str(home / "base"), str(home / name), home / f"{name}.safetensors", density=0.01)
     return home
 
 
