@@ -208,29 +208,32 @@ def test_svd_to_an_energy_takes_the_least_rank(made: Any, tmp_path: Path) -> Non
         assert matrix["rank"] == least and matrix["energy"] >= 0.8
 
 
-def test_the_core_matrices_hold_each_adapter_whole(made: Any) -> None:
+@pytest.mark.parametrize("space", ["core", "knots"])
+def test_the_small_matrices_hold_each_adapter_whole(made: Any, space: Any) -> None:
     _, folders, deltas = made
     held = members([open_adapter(str(folder)) for folder in folders], [])
-    for module in held.shapes:
-        left, right = core.bases(held, module)
-        eye = torch.eye(left.shape[1], dtype=torch.float64)
-        assert float((left.T @ left - eye).abs().max()) < 1e-12
-        assert left.shape[1] <= held.ranks(module) >= right.shape[0]
+    for module, shape in held.shapes.items():
+        basis = core.bases(held, module, space)
+        eye = torch.eye(basis[0].shape[1], dtype=torch.float64)
+        assert float((basis[0].T @ basis[0] - eye).abs().max()) < 1e-12
+        assert basis[0].shape[1] <= held.ranks(module)
         for member, delta in zip(held, deltas, strict=True):
-            whole = left @ core.core((left, right), member.factors(module)) @ right
-            assert float((whole - delta[f"{module}.weight"]).abs().max()) < 1e-7
+            small = core.core(basis, shape, member.factors(module))
+            left, right = core.product(basis, small)
+            assert float((left @ right - delta[f"{module}.weight"]).abs().max()) < 1e-7
 
 
-def test_a_weighted_sum_of_cores_is_concat(made: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("space", ["core", "knots"])
+def test_a_weighted_sum_in_a_space_is_concat(made: Any, tmp_path: Path, space: str) -> None:
     _, folders, deltas = made
-    words = ("--method", "core", "--operator", "task_arithmetic", *weighted(WEIGHTS))
+    words = ("--method", space, "--operator", "task_arithmetic", *weighted(WEIGHTS))
     report = merge(*folders, tmp_path / "out", *words)
     mine = deltas_of(tmp_path / "out")
     for module, delta in mine.items():
         pairs = zip(WEIGHTS, deltas, strict=True)
         whole = sum(weight * found[f"{module}.weight"] for weight, found in pairs)
         assert float((delta - whole).abs().max()) < 1e-6
-    assert all(matrix["svd"] == "core" for matrix in report["matrices"])
+    assert all(matrix["svd"] == space for matrix in report["matrices"])
 
 
 def ties(cores: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
@@ -263,6 +266,23 @@ def test_ties_in_core_space_is_the_papers_arithmetic_on_the_cores(
     v = torch.from_numpy(np.linalg.svd(np.concatenate([m.numpy() for m in a]))[2][:7])
     cores = [u.T @ delta[f"{module}.weight"] @ v.T for delta in deltas[:2]]
     wanted = u @ ties(cores, [0.7, 0.3], 0.5) @ v
+    assert float((mine[module] - wanted).abs().max()) < 1e-6
+
+
+def test_ties_by_knots_is_the_papers_arithmetic_on_the_right_vectors(
+    made: Any, tmp_path: Path
+) -> None:
+    _, folders, deltas = made
+    words = ("--method", "knots", "--operator", "ties", "--set", "density=0.5", "--set", "lambda=2")
+    merge(*folders, tmp_path / "out", *words)
+    mine, module = deltas_of(tmp_path / "out"), "model.layers.1.mlp.down_proj"
+    found = [delta[f"{module}.weight"].numpy() for delta in deltas]
+    u, s, v = np.linalg.svd(np.concatenate(found, axis=1), full_matrices=False)
+    count = int((s > 1e-5 * s[0]).sum())  # of 6: the second adapter does not change it
+    parts = np.split(s[:count, None] * v[:count], 3, axis=1)
+    kept = ties([torch.from_numpy(part.copy()) for part in parts], [1.0, 1.0, 1.0], 0.5)
+    wanted = 2 * torch.from_numpy(u[:, :count]) @ kept
+    assert count == 6
     assert float((mine[module] - wanted).abs().max()) < 1e-6
 
 

@@ -86,20 +86,20 @@ def extract(
 @click.argument("out", type=click.Path())
 @click.option(
     "--method",
-    type=click.Choice(["concat", "svd", "core"]),
+    type=click.Choice(["concat", "svd", "core", "knots"]),
     default="concat",
     show_default=True,
-    help="The exact sum; the nearest to it of a rank; an operator on core matrices.",
+    help="The exact sum; the nearest to it of a rank; an operator, in Core Space or KnOTS'.",
 )
 @click.option("--weight", "weights", type=float, multiple=True, help="One for all, or one each.")
-@click.option("--rank", type=click.IntRange(1), help="Of every module, at most (svd, core).")
-@click.option("--energy", type=float, help="Share of the squared norm to keep (svd, core).")
-@click.option("--operator", help="With core: any method that `mergekit-ft methods` lists.")
+@click.option("--rank", type=click.IntRange(1), help="Of every module, at most; not with concat.")
+@click.option("--energy", type=float, help="Share of the squared norm to keep; not with concat.")
+@click.option("--operator", help="With core or knots: any method that `mergekit-ft methods` lists.")
 @click.option("--set", "given", multiple=True, metavar="KEY=VALUE", help="Its parameters.")
 @click.option(
     "--plan",
     type=click.Path(exists=True, dir_okay=False),
-    help="With core, instead of ADAPTERS: merge_method, parameters, models, then.",
+    help="Instead of ADAPTERS and an operator: merge_method, parameters, models, then.",
 )
 @click.option(
     "--others",

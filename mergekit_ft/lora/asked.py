@@ -56,11 +56,11 @@ class ExtractAsked:
 class MergeAsked:
     """How adapters are to be merged."""
 
-    method: Literal["concat", "svd", "core"] = "concat"
+    method: Literal["concat", "svd", "core", "knots"] = "concat"
     weights: Sequence[float] = ()  # one for all, or one each; none: 1
     rank: int | None = None
     energy: float | None = None
-    operator: str | None = None  # of `core`
+    operator: str | None = None  # of `core` and `knots`
     parameters: Mapping[str, Any] = field(default_factory=dict)  # of the operator
     own: Sequence[Mapping[str, Any]] = ()  # parameters of each adapter; none: the same for all
     then: Sequence[Any] = ()  # operators after it
@@ -76,11 +76,16 @@ class MergeAsked:
             )
         if self.method == "svd" and not cut:
             raise PlanError("--method svd needs --rank or --energy: where to cut")
-        if self.method != "core" and (self.operator or self.parameters or self.own or self.then):
-            raise PlanError("operators and their parameters are for --method core")
-        if self.method == "core":
+        if self.space is None and (self.operator or self.parameters or self.own or self.then):
+            raise PlanError("operators and their parameters are for --method core or knots")
+        if self.space is not None:
             core.require_operator(self.operator)
         spectra.require_cut(self.rank, self.energy)
+
+    @property
+    def space(self) -> core.Space | None:
+        """Return where an operator merges; None where deltas are added up."""
+        return self.method if self.method == "core" or self.method == "knots" else None
 
     def plan(self) -> dict[str, Any]:
         """Return the words of the operator's plan."""

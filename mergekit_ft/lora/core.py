@@ -8,6 +8,12 @@ For adapters B_t A_t of one module, t = 1..T, the scale folded into B_t:
     M    = the operator on M_1 .. M_T over a base of zero, M_t = 0 where t lacks the module
     out  U M V, of rank <= min(u, v)
 
+KnOTS (Stoica et al. 2024, arXiv:2410.19735) turns the left side alone:
+
+    U    left singular vectors of [d_1 .. d_T], d_t = B_t A_t            (out, u)
+    M_t  = U^T d_t, its share of the singular values times the right vectors   (u, in)
+    out  U M, of rank <= u
+
 M is computed in float64, by the same passes as any merge.
 """
 
@@ -15,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,37 +40,57 @@ from mergekit_ft.resolution.resolver import Resolver
 from mergekit_ft.sources import Source, SourceFile, TensorInfo
 from mergekit_ft.sources.source import Around
 
+Space = Literal["core", "knots"]
 ZERO = "zero"  # what the base is called, in a plan and in errors
 LEAST = 1e-10  # share of the largest singular value below which a direction is rounding
 
 
-def bases(held: Members, module: str) -> tuple[Tensor, Tensor]:
-    """Return (out, u) and (v, in): orthonormal, spanning what every adapter reads and writes."""
+Basis = tuple[Tensor, Tensor | None]  # (out, u), and (v, in) where the right side is turned too
+
+
+def bases(held: Members, module: str, space: Space) -> Basis:
+    """Return orthonormal bases that span what every adapter writes, and what it reads."""
     found = [factors for member in held if (factors := member.factors(module)) is not None]
     lefts, rights = zip(*found, strict=True)
-    return _left_basis(torch.cat(lefts, dim=1)), _left_basis(torch.cat(rights).T).T
+    left = _left_basis(torch.cat(lefts, dim=1))
+    if space == "core":
+        return left, _left_basis(torch.cat(rights).T).T
+    shares = [(left.T @ b) @ a for b, a in found]  # of the deltas, so small that they fit
+    return left @ _left_basis(torch.cat(shares, dim=1)), None
 
 
-def core(basis: tuple[Tensor, Tensor], factors: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Return (u, v): the whole of an adapter's delta in the bases."""
+def core(basis: Basis, shape: tuple[int, int], factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return (u, v) or (u, in): the whole of an adapter's delta of shape (out, in) in the bases."""
     left, right = basis
     if factors is None:
-        return torch.zeros(left.shape[1], right.shape[0], dtype=torch.float64)
-    return (left.T @ factors[0]) @ (factors[1] @ right.T)
+        wide = shape[1] if right is None else right.shape[0]
+        return torch.zeros(left.shape[1], wide, dtype=torch.float64)
+    back = factors[1] if right is None else factors[1] @ right.T
+    return (left.T @ factors[0]) @ back
+
+
+def product(basis: Basis, merged: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two factors of the delta that a merged core stands for."""
+    left, right = basis
+    return (left, merged) if right is None else (left @ merged, right)
 
 
 def merged_cores(
-    held: Members, words: Mapping[str, Any], own: Sequence[Mapping[str, Any]], memory: int
+    held: Members,
+    space: Space,
+    words: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]],
+    memory: int,
 ) -> dict[str, Tensor]:
     """Return (u, v) of every module, merged by the operator that a plan's words name.
 
     `own` are the parameters of each adapter, as those of a plan's models.
     """
-    _require_room(held, memory)
+    _require_room(held, space, memory)
     cores: dict[str, list[Tensor]] = {}  # by module, one of each adapter
-    for module in held.shapes:
-        basis = bases(held, module)
-        cores[module] = [core(basis, member.factors(module)) for member in held]
+    for module, shape in held.shapes.items():
+        basis = bases(held, module, space)
+        cores[module] = [core(basis, shape, member.factors(module)) for member in held]
     reading = read(_plan(held, words, own))
     raise_faults(reading.faults)
     models = [model for _, model in referred(reading.plan)]  # the base first, if there is one
@@ -85,7 +111,7 @@ def require_operator(name: str | None) -> None:
     """Refuse a merge that names no operator, or one that nobody knows."""
     if name is None:
         known = ", ".join(registry.names())
-        raise PlanError(f"--method core needs an --operator: one of {known}")
+        raise PlanError(f"merging in a space needs an --operator: one of {known}")
     registry.method(name)
 
 
@@ -107,20 +133,25 @@ def _plan(
     return {**words, **({"base_model": {"path": ZERO}} if apart else {}), "models": entries}
 
 
-def _require_room(held: Members, memory: int) -> None:
+def _require_room(held: Members, space: Space, memory: int) -> None:
     """Refuse cores that do not fit, before they are made."""
-    need = sum(8 * (len(held) + 2) * held.ranks(module) ** 2 for module in held.shapes)
+    ranks = {module: held.ranks(module) for module in held.shapes}
+    elements = sum(
+        rank * (rank if space == "core" else held.shapes[module][1])
+        for module, rank in ranks.items()
+    )
+    need = 8 * (len(held) + 2) * elements
     if need > memory // 2:
         raise OperatorError(
-            f"the core matrices of {len(held)} adapters take {need:,} bytes, more than half of the "
-            f"{memory:,} given; raise --memory, or merge fewer adapters at once"
+            f"the matrices that {len(held)} adapters become take {need:,} bytes, more than half of "
+            f"the {memory:,} given; raise --memory, or merge fewer adapters at once"
         )
 
 
 def _left_basis(columns: Tensor) -> Tensor:
-    """Return the left singular vectors of a tall matrix that carry more than rounding."""
+    """Return the left singular vectors of a matrix that carry more than rounding."""
     basis, turn = torch.linalg.qr(columns)
-    vectors, values, _ = torch.linalg.svd(turn)
+    vectors, values, _ = torch.linalg.svd(turn, full_matrices=False)
     count = int((values > LEAST * values[0]).sum())
     found: Tensor = basis @ vectors[:, : max(count, 1)]
     return found

@@ -82,7 +82,7 @@ class _Run:
 
     def __init__(self, held: Members, out: Path, asked: MergeAsked, watcher: Progress) -> None:
         self.held, self.asked, self.watcher = held, asked, watcher
-        self.carried = Carried(held, asked.others, summed=asked.method != "core")
+        self.carried = Carried(held, asked.others, summed=asked.space is None)
         read = [member.adapter.folder for member in held]
         self.folder = AdapterFolder(out, read, overwrite=asked.overwrite)
         self.merged: list[Merged] = []
@@ -96,9 +96,9 @@ class _Run:
         with one_thread(), self.folder, hashing:
             moved = sum(info.nbytes for m in self.held for info in m.adapter.tensors.values())
             self.watcher.start(2 * moved, f"merging into {self.folder.out}")
-            if self.asked.method == "core":
+            if (space := self.asked.space) is not None:
                 words, own = self.asked.plan(), self.asked.parameters_of_each(len(self.held))
-                self.cores = core.merged_cores(self.held, words, own, self.asked.memory)
+                self.cores = core.merged_cores(self.held, space, words, own, self.asked.memory)
             for module in self.held.shapes:
                 self._write(module)
             self._require_some()
@@ -114,10 +114,10 @@ class _Run:
 
     def _target(self, module: str) -> tuple[Tensor, ...]:
         """Return factors whose product is what is to be written, in float64."""
-        if self.asked.method != "core":
+        if self.asked.space is None:
             return self.held.stacked(module)
-        left, right = core.bases(self.held, module)
-        return left @ self.cores[module], right
+        basis = core.bases(self.held, module, self.asked.space)
+        return core.product(basis, self.cores[module])
 
     def _write(self, module: str) -> None:
         """Write the factors of a module, unless nothing of it is left."""
@@ -136,7 +136,7 @@ class _Run:
             stem, end = f"{stem}embedding_", ""
         self.folder.append(f"{stem}A{end}", right.float())
         self.folder.append(f"{stem}B{end}", left.float())
-        how = "core" if self.asked.method == "core" else "sum" if kept == total else "exact"
+        how = self.asked.space or ("sum" if self.asked.method == "concat" else "exact")
         shape = self.held.shapes[module]
         self.merged.append(Merged(module, shape, left.shape[1], total, kept, how))
         self.watcher.advance(8 * left.shape[1] * sum(shape))

@@ -33,8 +33,6 @@ def recipe(
         return _of_plan(plan, adapters, given, asked)
     if not adapters:
         raise PlanError("name the adapters, then the folder to be made: ADAPTER ADAPTER OUT")
-    if asked["operator"] and asked["method"] != "core":
-        raise PlanError(f"--operator {asked['operator']} is for --method core")
     parameters = dict(map(_pair, given))
     if len(parameters) < len(given):
         raise PlanError("--set names a parameter twice")
@@ -64,10 +62,11 @@ def _of_plan(
             f"{', '.join([*adapters, *apart])}"
         )
     if asked["method"] == "svd":
-        raise PlanError("--plan is for --method core: it names an operator")
+        raise PlanError("--plan is for --method core or knots: it names an operator")
+    method = "core" if asked["method"] == "concat" else asked["method"]
     words = _words(plan)
     entries = _entries(words, plan)
-    chosen: dict[str, Any] = {**asked, "method": "core", "operator": words.get("merge_method")}
+    chosen: dict[str, Any] = {**asked, "method": method, "operator": words.get("merge_method")}
     own = [dict(entry.get("parameters") or {}) for entry in entries]
     names = [entry["model"] for entry in entries]
     chosen |= {"parameters": words.get("parameters") or {}, "then": words.get("then") or ()}
