@@ -83,7 +83,7 @@ class Tuner(Learned):
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     epsilon: ClassVar[float] = 1e-8
     sparse: ClassVar[bool] = False  # whether only entries train, in every phase
-    gives: ClassVar[tuple[str, ...]] = ("full",)  # the outputs, the usual one first
+    gives: ClassVar[tuple[str, ...]] = ("full", "delta")  # the outputs, the usual one first
 
     @property
     def phases(self) -> int:

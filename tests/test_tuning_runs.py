@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mergekit_ft.deltas.putting import apply
 from mergekit_ft.errors import MergekitError, OperatorError, PlanError, SourceError, WriteError
+from mergekit_ft.sources.delta_file import open_delta
 from mergekit_ft.tuning import trainer, tune
 from tests.small_models import cli, hashes
 from tests.tuned import ROWS, plan, rows, small_base
@@ -182,7 +184,7 @@ def test_a_row_cut_before_its_answer_is_refused(tmp_path: Path) -> None:
         ({"objective": "dftt"}, "unknown objective 'dftt'; did you mean 'dft'?"),
         ({"bse": "x"}, "unknown key 'bse'; did you mean 'base'?"),
         ({"output": "delat"}, "output must be"),
-        ({"output": "adapter"}, "full gives full, not adapter"),
+        ({"output": "adapter"}, "full gives full or delta, not adapter"),
         ({"training": {"step": 3}}, "unknown key 'step'; did you mean 'steps'?"),
         ({"training": {"steps": 0}}, "steps must be at least 1"),
         ({"training": {"steps": 3, "epochs": 1}}, "steps and epochs both"),
@@ -218,6 +220,29 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     words = plan(tmp_path, {"modules": {"train": ["*.mpl.*"]}})
     with pytest.raises(PlanError, match=r"tuner: modules: matches no parameter .*: \*\.mpl\.\*"):
         tune(words, tmp_path / "out")
+
+
+def test_a_delta_output_put_on_the_base_is_the_full_output(tmp_path: Path) -> None:
+    small_base(tmp_path / "base", dtype=torch.bfloat16)
+    words = plan(tmp_path, {"lift": {"rank": 4, "interval": 3}})
+    tune(words, tmp_path / "full")
+    del words["output"]
+    tune(words, tmp_path / "d.safetensors")
+    delta = open_delta(tmp_path / "d.safetensors")
+    assert delta.words["method"] == "lift"
+    assert delta.words["parameters"] == {"rank": 4, "interval": 3, "objective": "sft"}
+    assert {change.kind for change in delta.changes.values()} == {"replace"}
+    apply(tmp_path / "base", tmp_path / "d.safetensors", tmp_path / "on")
+    made, full = (load_file(tmp_path / name / "model.safetensors") for name in ("on", "full"))
+    assert all(torch.equal(made[name], full[name]) for name in full)
+
+
+def test_the_name_of_the_output_fits_its_kind(tmp_path: Path) -> None:
+    words = plan(tmp_path, "full", steps=1)
+    with pytest.raises(WriteError, match="a full output, which is a folder"):
+        tune(words, tmp_path / "out.safetensors")
+    with pytest.raises(WriteError, match=r"ends in \.safetensors"):
+        tune(words | {"output": "delta"}, tmp_path / "out")
 
 
 def test_several_processes_are_refused_by_name(

@@ -112,9 +112,23 @@ def extract(
     opening: dict[str, Any] = {"offline": chosen.offline, "allow_pickle": chosen.allow_pickle}
     with open_source(base, **opening) as mine, open_source(tuned, **opening) as theirs:
         choice = Choice(tuple(include), tuple(exclude), tuple(dense))
-        pairing = paired(mine, theirs, choice)
-        with DeltaWriter(Path(out), overwrite=chosen.overwrite) as writer:
-            return _Extraction(pairing, asked, choice, chosen, watcher, writer).run()
+        return between(mine, theirs, Path(out), asked, choice, chosen, watcher)
+
+
+def between(
+    base: Source,
+    tuned: Source,
+    out: Path,
+    asked: Asked,
+    choice: Choice,
+    options: Options,
+    watcher: Progress,
+    told: Mapping[str, Any] | None = None,
+) -> Extracted:
+    """Write what one source changes in another; `told` are words to put in those of the file."""
+    pairing = paired(base, tuned, choice)
+    with DeltaWriter(out, overwrite=options.overwrite) as writer:
+        return _Extraction(pairing, asked, choice, options, watcher, writer, told or {}).run()
 
 
 class _Extraction:
@@ -128,8 +142,9 @@ class _Extraction:
         options: Options,
         watcher: Progress,
         writer: DeltaWriter,
+        told: Mapping[str, Any],
     ) -> None:
-        self.pairing, self.asked, self.choice = pairing, asked, choice
+        self.pairing, self.asked, self.choice, self.told = pairing, asked, choice, told
         self.watcher, self.writer = watcher, writer
         wide = bits_of(pairing.sparse)
         self.size = block_size(wide, options.memory, options.workers)
@@ -239,10 +254,8 @@ class _Extraction:
         considered = sum(found.pair.numel for found in self.founds)
         energy = self._energy()
         notes = [*pairing.notes, *self._remarks(cut, considered)]
-        self.writer.commit(
-            _words(pairing, self.asked, self.choice, store, considered, energy),
-            with_digests(store.records, self.digests),
-        )
+        words = _words(pairing, self.asked, self.choice, store, considered, energy)
+        self.writer.commit({**words, **self.told}, with_digests(store.records, self.digests))
         seen = sum(1 + len(pair.also) for pair in pairing.pairs)
         return Extracted(
             self.writer.path,

@@ -13,6 +13,8 @@ from torch import Tensor
 from mergekit_ft import registry
 from mergekit_ft.blocks import view_of
 from mergekit_ft.checkpoint import card
+from mergekit_ft.deltas.extract import Asked, Extracted, between
+from mergekit_ft.deltas.pairs import Choice
 from mergekit_ft.engine import Result, Story, run
 from mergekit_ft.options import Options, Progress
 from mergekit_ft.plan import ModelReference, read
@@ -21,7 +23,7 @@ from mergekit_ft.resolution import Resolution
 from mergekit_ft.resolution import resolve as resolve_with
 from mergekit_ft.sources import Source, TensorInfo
 from mergekit_ft.sources.derived import derived
-from mergekit_ft.sources.dtypes import CODE, SIZE
+from mergekit_ft.sources.dtypes import CODE, SIZE, TORCH
 from mergekit_ft.sources.files import Reader
 
 PLAN = "mergekit_ft.tune.yaml"  # the plan, beside what it made
@@ -118,6 +120,28 @@ def write_full(
         return run(resolution, out, options, watcher, story)
     finally:
         resolution.close()
+
+
+def write_delta(
+    base: Source,
+    held: Mapping[str, Tensor],
+    out: Path,
+    plan: TunePlan,
+    facts: Mapping[str, Any],
+    curves: list[dict[str, Any]],
+    options: Options,
+    watcher: Progress,
+) -> Extracted:
+    """Write what was learned as a delta to the base, rounded to the base's dtypes."""
+    rounded = {name: tensor.to(TORCH[base[name].kept]) for name, tensor in held.items()}
+    told = {
+        "method": plan.tuner.method,
+        "parameters": {**plan.tuner.parameters, "objective": plan.objective.method},
+        "seed": plan.training.seed,
+        "provenance": {"plan": plan.text, "facts": dict(facts), "curves": curves},
+    }
+    with in_memory(base, rounded) as tuned:
+        return between(base, tuned, out, Asked(), Choice(), options, watcher, told)
 
 
 def tune_card(

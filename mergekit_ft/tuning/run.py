@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from mergekit_ft import __version__
+from mergekit_ft.deltas.writing import SUFFIX
 from mergekit_ft.errors import PlanError, SourceError, WriteError
 from mergekit_ft.learning import Objective
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.plan.tuning import TunePlan, read_tune
 from mergekit_ft.tuning.batches import Groups, grouped
 from mergekit_ft.tuning.opening import Base, open_base
-from mergekit_ft.tuning.outputs import TuneStory, write_full
+from mergekit_ft.tuning.outputs import TuneStory, write_delta, write_full
 from mergekit_ft.tuning.phases import Phases
 from mergekit_ft.tuning.rows import Encoder, Row, read_rows
 from mergekit_ft.tuning.watching import quiet, write_curves
@@ -62,7 +63,8 @@ def _tuned(
 ) -> Tuned:
     words, tuner, objective = read_tune(plan).accepted()
     _require_one_process()
-    _refuse_what_is_there(to, chosen)
+    output = words.output or tuner.gives[0]
+    _refuse_what_is_there(to, output, chosen)
     rows = _rows(words, objective)
     base = open_base(words.base, offline=chosen.offline)
     notes: list[str] = []
@@ -70,9 +72,13 @@ def _tuned(
     work = _work(to, _identity(words, base, chosen), chosen)
     phases = Phases(words, tuner, objective, base, train, validation, chosen, work, show)
     facts = phases.train()
-    story = TuneStory(words, facts, work, tuple(write_curves(phases.entries, work)))
     try:
-        write_full(words.base, phases.held(), to, story, chosen, watcher)
+        if output == "delta":
+            curves = phases.entries
+            write_delta(base.source, phases.held(), to, words, facts, curves, chosen, watcher)
+        else:
+            story = TuneStory(words, facts, work, tuple(write_curves(phases.entries, work)))
+            write_full(words.base, phases.held(), to, story, chosen, watcher)
     finally:
         watcher.close()
     shutil.rmtree(work)
@@ -87,7 +93,10 @@ def _require_one_process() -> None:
         )
 
 
-def _refuse_what_is_there(out: Path, options: Options) -> None:
+def _refuse_what_is_there(out: Path, output: str, options: Options) -> None:
+    if (output == "delta") != (out.suffix == SUFFIX):
+        wanted = f"a file that ends in {SUFFIX}" if output == "delta" else "a folder"
+        raise WriteError(f"{out}: the plan gives a {output} output, which is {wanted}")
     if os.path.lexists(out) and not options.overwrite:
         raise WriteError(f"{out} exists; give --overwrite, or another name")
 

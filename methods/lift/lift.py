@@ -29,6 +29,7 @@ class Lift(Tuner):
     """Sparse fine-tuning of the principal entries of each matrix."""
 
     learning_rate: ClassVar[float] = 1e-4
+    gives: ClassVar[tuple[str, ...]] = ("delta", "full")
     betas: ClassVar[tuple[float, float]] = (0.9, 0.95)
     epsilon: ClassVar[float] = 1e-6
     sparse: ClassVar[bool] = True

@@ -28,6 +28,7 @@ class LtSft(Tuner):
     """Sparse fine-tuning of the entries that full fine-tuning moves most."""
 
     learning_rate: ClassVar[float] = 5e-5  # the authors' for language modelling and tagging
+    gives: ClassVar[tuple[str, ...]] = ("delta", "full")
 
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="share of the maskable entries that is kept; 0.01 where k is not given"

@@ -30,6 +30,7 @@ class S2ft(Tuner):
     """Structured sparse fine-tuning of heads and channels."""
 
     learning_rate: ClassVar[float] = 2e-4  # the authors' for commonsense; 1e-3 for mathematics
+    gives: ClassVar[tuple[str, ...]] = ("delta", "full")
     betas: ClassVar[tuple[float, float]] = (0.9, 0.95)
     sparse: ClassVar[bool] = True
 

@@ -30,6 +30,7 @@ class Sara(Tuner):
     """Sparse fine-tuning of the entries that matter least in the base."""
 
     learning_rate: ClassVar[float] = 5e-4  # near the paper's 1e-3 exp(-350 tau) at tau = 2e-3
+    gives: ClassVar[tuple[str, ...]] = ("delta", "full")
     sparse: ClassVar[bool] = True
 
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
