@@ -405,6 +405,12 @@ def broken(home: Path) -> Path:
         (dora, [], 4, "is DoRA (use_dora)"),
         (biased, [], 4, "adds biases to its layers (lora_bias)"),
         (broken, [], 5, "holds inf at element 7"),
+        (
+            broken,
+            ["--method", "core", "--operator", "ties", "--set", "densty=1"],
+            3,  # before a weight is read
+            "densty",
+        ),
         (lambda home: write(home / "b", factors(7)), [], 4, "goes from 4 to 6 in"),
         (lambda home: write(home / "b", factors(module="model.up")), [], 4, "two names"),
         (lambda home: write(home / "b", factors(), r=3), [], 4, "its rank is 3 by"),

@@ -86,13 +86,13 @@ def merged_cores(
 
     `own` are the parameters of each adapter, as those of a plan's models.
     """
+    reading = read(_plan(held, words, own))
+    raise_faults(reading.faults)
     _require_room(held, space, memory)
     cores: dict[str, list[Tensor]] = {}  # by module, one of each adapter
     for module, shape in held.shapes.items():
         basis = bases(held, module, space)
         cores[module] = [core(basis, shape, member.factors(module)) for member in held]
-    reading = read(_plan(held, words, own))
-    raise_faults(reading.faults)
     models = [model for _, model in referred(reading.plan)]  # the base first, if there is one
     zero = [{module: torch.zeros_like(found[0]) for module, found in cores.items()}]
     tensors = [{module: found[i] for module, found in cores.items()} for i in range(len(held))]

@@ -22,7 +22,7 @@ from mergekit_ft.lora.others import Others
 from mergekit_ft.lora.pairs import Pair, Pairs
 from mergekit_ft.lora.selection import Selectors
 from mergekit_ft.lora.skeleton import skeleton
-from mergekit_ft.lora.words import config_words, task_type
+from mergekit_ft.lora.words import by_number, config_words, task_type
 from mergekit_ft.options import Progress, Unwatched
 from mergekit_ft.sources import Source, adapted
 from mergekit_ft.sources.adapter import PREFIX
@@ -249,7 +249,7 @@ class _Run:
         return (changes.delta(self.base, self.tuned, pair),)
 
     def _report(self) -> dict[str, Any]:
-        held = [self.matrices[name] for name in self.pairs if name in self.matrices]
+        held = [self.matrices[name] for name in sorted(self.matrices, key=by_number)]
         found = reports.totals([matrix.words() for matrix in held], [m.total for m in held])
         everything = math.fsum(
             [*(m.total for m in held), *self.others.found.values(), *self.left.values()]

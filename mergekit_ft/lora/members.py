@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ft.errors import OperatorError, PlanError, SourceError
+from mergekit_ft.lora.words import by_number
 from mergekit_ft.sources import Adapter, TensorInfo
 from mergekit_ft.sources.adapter import Factors
 from mergekit_ft.sources.adapter_config import NAME
@@ -106,7 +107,7 @@ class Members(Sequence[Member]):
         """Return (out, in) of every module; refuse two that differ."""
         found: dict[str, tuple[int, int]] = {}
         modules = {module for member in self._members for module in member.adapter.factors}
-        for module in sorted(modules, key=_by_number):
+        for module in sorted(modules, key=by_number):
             seen = {
                 (f.b.shape[0], f.a.shape[1], f.table): member
                 for member, f in self.holding(module)
@@ -136,11 +137,6 @@ class Members(Sequence[Member]):
                             f"{module} and {twin} look like one module under two names: save both "
                             "adapters from the same class of model"
                         )
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """Return what puts layer 10 after layer 2."""
-    return [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")]
 
 
 def members(adapters: Sequence[Adapter], weights: Sequence[float]) -> Members:

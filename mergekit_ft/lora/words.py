@@ -65,3 +65,8 @@ def task_type(source: Source) -> str | None:
     if named.endswith(CAUSAL):
         return "CAUSAL_LM"
     return "SEQ_2_SEQ_LM" if source.config.get("is_encoder_decoder") else None
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Return what puts layer 10 after layer 2."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
