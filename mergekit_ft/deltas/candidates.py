@@ -29,6 +29,7 @@ from mergekit_ft.passes import finite
 from mergekit_ft.resolution import Ref
 from mergekit_ft.sources.dtypes import CODE, FLOATING, SIZE
 
+BLOCK = 2 * USUAL  # elements where the budget allows: there is little arithmetic for each call
 EACH = 64  # bytes that an element of a block takes, at most; twice that in float64
 PROBE = 4096  # elements compared first
 CLUSTERS, CLUSTER = 512, 4096  # runs that a sample is taken from, about, and their elements
@@ -148,7 +149,7 @@ def block_size(bits: int, memory: int, threads: int) -> int:
             f"{threads} threads need at least {threads * each * CELL:,} bytes of memory, more "
             f"than the {memory:,} given; raise --memory or lower --threads"
         )
-    return min(USUAL, memory // (threads * each * CELL) * CELL)
+    return min(BLOCK, memory // (threads * each * CELL) * CELL)
 
 
 @dataclass
@@ -225,7 +226,7 @@ class Search:
             return [], None
         if not self.ranked:
             return [], _taken(
-                _true(np.not_equal(mine, theirs)), np.zeros(0, np.uint8), theirs, mine
+                true_places(np.not_equal(mine, theirs)), np.zeros(0, np.uint8), theirs, mine
             )
         delta, scratch = _delta(base, tuned, station, found.bits)
         squares = added(torch.square(delta, out=scratch)).tolist()
@@ -237,7 +238,7 @@ class Search:
         reaching = size >= floor
         if floor == 0.0 or self.allow_non_finite:  # NaN counts as the largest; -0 differs from 0
             reaching = np.not_equal(mine, theirs) & ~(size < floor)
-        index = _true(reaching)
+        index = true_places(reaching)
         sizes = size[index]
         reach.tell(number, sizes)
         return squares, _taken(index, sizes.view(BITS[found.bits // 8]), theirs, mine)
@@ -318,7 +319,7 @@ def _taken(index: Row, sizes: Row, values: Row, originals: Row) -> Entries:
     return Entries(index.astype(np.int32), sizes, values[index], originals[index])
 
 
-def _true(mask: Row) -> Row:
+def true_places(mask: Row) -> Row:
     """Return the places of what is true, where that is seldom: eight are looked at at once."""
     if len(mask) % 8:
         return np.flatnonzero(mask)

@@ -32,6 +32,7 @@ from mergekit_ft.sources.delta_file import Change
 from mergekit_ft.sources.dtypes import CODE, SIZE, TORCH
 from mergekit_ft.sources.layout import listed
 from mergekit_ft.sources.patched import require_base
+from mergekit_ft.sources.tiles import one_thread
 
 HELD = 2**20  # entries of a tensor that are kept for writing; of more the sum is made twice
 COPIED = 4 << 20  # bytes at a time
@@ -80,6 +81,7 @@ def compose(
             source = stack.enter_context(open_source(base, offline=chosen.offline))
             _require_base(found, source)
         writer = stack.enter_context(DeltaWriter(Path(out), overwrite=chosen.overwrite))
+        stack.enter_context(one_thread())
         return _Composing(found, source, chosen, watcher, writer).run()
 
 
@@ -178,8 +180,11 @@ class _Composing:
     def _run(self, adding: Adding, found: Sum, change: Change) -> Run:
         if self.base is None:
             values = as_floats(found.values, change.dtype == "F64")
-            kept = values != 0.0
-            return torch.from_numpy(found.places)[kept], values[kept], None
+            places = torch.from_numpy(found.places)
+            if torch.count_nonzero(values) < len(values):
+                kept = values != 0.0
+                places, values = places[kept], values[kept]
+            return places, values, None
         originals = self._originals(self.base, change, found.places)
         alone = adding.alone(found)
         values = alone if alone is not None else _rounded(originals, found.values)

@@ -154,6 +154,7 @@ class _Extraction:
         advance, lax = watcher.advance, options.allow_non_finite
         self.search = Search(self.spool, self.crew, self.size, advance, asked.ranked, lax)
         self.store = Store(writer, self.spool, self.size, advance, lax)
+        self.cut: Cut | None = None  # of the whole model, where there is one
         self.cuts: dict[str, Cut | None] = {}  # of a tensor, by its name, where each has its own
         self.digests: dict[str, str] = {}
 
@@ -162,9 +163,9 @@ class _Extraction:
         with closing(self.spool):
             moved = sum(pair.nbytes for pair in self.pairing.pairs)
             self.watcher.start(moved, f"extracting {self.writer.path}")
-            cut = self._find()
-            self._write(cut)
-            return self._commit(cut)
+            self._find()
+            self._write()
+            return self._commit()
 
     def _bits(self, pair: Pair, wide: int) -> int:
         """Return the bits of the floats that a tensor's differences are taken in."""
@@ -172,20 +173,17 @@ class _Extraction:
             return 0
         return wide if self.asked.scope == "model" else bits_of([pair])
 
-    def _find(self) -> Cut | None:
-        """Spool what may be kept; return the cut, if there is one for the whole model."""
+    def _find(self) -> None:
+        """Spool what may be kept."""
         if self.asked.scope == "tensor" and self.asked.ranked:
             self.crew.run(self._within(found) for found in self.founds)
-            return None
+            return
         total = sum(found.pair.numel for found in self.founds)
         rank = self.asked.count(total)
         reach = self._reach(total, rank)
         self.search.over(self.founds, reach)
         if reach.lowest and sum(found.count for found in self.founds) < rank:
             self.search.over(self.founds, reach.lowered())
-        if not self.asked.ranked or not self.founds:
-            return None
-        return cut_of(self.spool, self.founds, rank, self.size)
 
     def _reach(self, total: int, rank: int) -> Reach:
         if not self.asked.ranked or total <= FEW:
@@ -208,15 +206,17 @@ class _Extraction:
             yield from self.search.within(found, reach.lowered())
         self.cuts[found.pair.name] = cut_of(self.spool, [found], rank, self.size)
 
-    def _write(self, cut: Cut | None) -> None:
+    def _write(self) -> None:
         """Write what is kept, and hash what it is a change of, side by side."""
         touched = [found.pair for found in self.founds if found.count]
         touched += [pair for pair in self.pairing.whole if pair.base is not None]
         touched.sort(key=lambda pair: -pair.numel)
-        self.crew.run([self._writing(cut), *(_job([self._hashing(pair)]) for pair in touched)])
+        self.crew.run([self._writing(), *(_job([self._hashing(pair)]) for pair in touched)])
 
-    def _writing(self, cut: Cut | None) -> Job:
-        left = cut
+    def _writing(self) -> Job:
+        if self.asked.ranked and self.asked.scope == "model" and self.founds:
+            yield [self._cutting]
+        left = self.cut
 
         def entries(found: Found) -> Piece:
             def run(station: Station) -> None:
@@ -233,6 +233,11 @@ class _Extraction:
         for pair in self.pairing.whole:
             yield [self._whole(pair)]
 
+    def _cutting(self, station: Station) -> None:
+        """Find the cut for the whole model."""
+        rank = self.asked.count(sum(found.pair.numel for found in self.founds))
+        self.cut = cut_of(self.spool, self.founds, rank, self.size)
+
     def _whole(self, pair: Pair) -> Piece:
         return lambda station: self.store.take_whole(pair, station)
 
@@ -244,8 +249,8 @@ class _Extraction:
 
         return run
 
-    def _commit(self, cut: Cut | None) -> Extracted:
-        store, pairing = self.store, self.pairing
+    def _commit(self) -> Extracted:
+        store, pairing, cut = self.store, self.pairing, self.cut
         if not store.records:
             raise OperatorError(
                 f"nothing changed: {pairing.tuned.reference} equals {pairing.base.reference} in "

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mergekit_ft.contract import CELL
+from mergekit_ft.deltas.candidates import true_places
 from mergekit_ft.deltas.members import Member
 from mergekit_ft.deltas.reach import Row
 from mergekit_ft.sources.delta_entries import Entries
@@ -63,6 +64,9 @@ class Adding:
         self.name, self.members, self.size = name, members, size
         self._entries = [Entries(m.delta, m.delta.changes[name]) for m in members]
         self.numel = members[0].delta.changes[name].numel
+        n = -(-min(size, self.numel) // 8) * 8
+        self._total, self._touched = np.zeros(n), np.zeros(n, np.bool_)
+        self._codes = np.zeros((len(members), n), np.int8)  # all are zero between windows
 
     def windows(self, tally: Tally | None) -> Iterator[Sum]:
         """Yield the sum window by window; what is seen is added to the tally, if there is one."""
@@ -70,7 +74,7 @@ class Adding:
             stop = min(start + self.size, self.numel)
             parts = [self._part(i, start, stop) for i in range(len(self.members))]
             if any(len(places) for places, _ in parts):
-                yield self._added(start, stop - start, parts, tally)
+                yield self._added(start, parts, tally)
 
     def alone(self, found: Sum) -> torch.Tensor | None:
         """Return the values that a sole member puts there, where they are meant to the bit."""
@@ -90,34 +94,33 @@ class Adding:
             values -= entries.values("originals", first, len(indices)).double()
         return (indices - start).numpy(), (values * self.members[i].weight).numpy()
 
-    def _added(
-        self, start: int, n: int, parts: Sequence[tuple[Row, Row]], tally: Tally | None
-    ) -> Sum:
-        total, touched = np.zeros(n), np.zeros(n, np.bool_)
+    def _added(self, start: int, parts: Sequence[tuple[Row, Row]], tally: Tally | None) -> Sum:
+        total, touched = self._total, self._touched
         for places, values in parts:  # in the order of the members' digests
             total[places] += values
             touched[places] = True
-        places = np.flatnonzero(touched)
+        places = true_places(touched)
         found = total[places]
+        total[places], touched[places] = 0.0, False
         if tally is not None:
             tally.total += _squares(places, found)
-            self._count(n, parts, tally)
+            self._count(parts, tally)
         return Sum(places + start, found)
 
-    def _count(self, n: int, parts: Sequence[tuple[Row, Row]], tally: Tally) -> None:
-        codes = []
-        for member, (places, values) in zip(self.members, parts, strict=True):
+    def _count(self, parts: Sequence[tuple[Row, Row]], tally: Tally) -> None:
+        for member, code, (places, values) in zip(self.members, self._codes, parts, strict=True):
             digest = member.digest
             tally.energies.setdefault(digest, []).extend(_squares(places, values))
             tally.entries[digest] = tally.entries.get(digest, 0) + len(places)
-            code = np.zeros(n, np.int8)
             code[places] = np.where(values < 0, NEGATIVE, np.where(values > 0, POSITIVE, ZERO))
-            codes.append(code)
         for i, j in combinations(range(len(parts)), 2):
-            mine, theirs = codes[i][parts[i][0]], codes[j][parts[i][0]]
+            places = parts[i][0]
+            mine, theirs = self._codes[i][places], self._codes[j][places]
             met = tally.meetings.setdefault(_both(self.members[i], self.members[j]), Meeting())
             met.shared += int(np.count_nonzero(theirs))
             met.conflicts += int(np.count_nonzero(mine + theirs == NEGATIVE + POSITIVE))
+        for code, (places, _) in zip(self._codes, parts, strict=True):
+            code[places] = 0
 
 
 def _both(one: Member, other: Member) -> tuple[str, str]:
