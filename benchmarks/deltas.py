@@ -3,9 +3,9 @@
     python benchmarks/deltas.py [BASE TUNED] [--density 0.01] [--pairs 9] [--folder /dev/shm]
 
 Two folders, or two random bfloat16 models of 0.14e9 parameters. The floor is `cat` of both into
-/dev/null, warm; the median of the ratios pair by pair is printed. What was kept is compared with a
-selection in float64 by numpy. Memory (Linux only) is anonymous, at its peak, beyond the
-interpreter with torch.
+/dev/null, warm; the median of the ratios pair by pair is printed, and the time that python takes to
+read both files into memory. What was kept is compared with a selection in float64 by numpy. Memory
+(Linux only) is anonymous, at its peak, beyond the interpreter with torch.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def _time(models: list[Path], here: Path, density: float, pairs: int) -> None:
             f"{statistics.median(ratios):.2f} x (min {min(ratios):.2f}, max {max(ratios):.2f}; "
             f"bar {BAR})"
         )
+    memory = statistics.median(_seconds(lambda: _read(files)) for _ in range(pairs))
+    print(f"reading both into memory, in python: {memory:.3f} s")
     start = statistics.median(_seconds(lambda: _run([sys.executable, "-c", START])) for _ in "123")
     whole = statistics.median(_seconds(lambda: _run(command)) for _ in "123")
     print(f"as a process {whole:.2f} s, of which {start:.2f} s to start python with torch")
@@ -125,6 +127,11 @@ def _memory(models: list[Path], here: Path, density: float) -> None:
     for budget in BUDGETS:
         peak = _anonymous.peak([*command, "--memory", f"{budget}MiB"]) - bare
         print(f"--memory {budget}MiB: {peak:.0f} MiB beyond the {bare:.0f} of python with torch")
+
+
+def _read(files: list[str]) -> None:
+    for file in files:
+        Path(file).read_bytes()
 
 
 def _run(command: list[str]) -> None:
