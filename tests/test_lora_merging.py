@@ -367,6 +367,22 @@ def test_tensors_held_whole_come_along_only_where_their_merge_is_one_of_them(
     assert "not in all adapters" in run(*homes, tmp_path / "b5", *words, fails=4)
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_of_one_adapter_come_along(tmp_path: Path, bias: str) -> None:
+    base = tiny_gpt2(tmp_path / "base")
+    homes = [tmp_path / name for name in "ab"]
+    deltas = [
+        trained(base, home, i, r=2, target_modules=modules, fan_in_fan_out=True, bias=words)
+        for i, (home, modules, words) in enumerate(
+            [(homes[0], ["c_attn"], bias), (homes[1], ["c_attn", "c_fc"], "none")]
+        )
+    ]
+    report = merge(*homes, tmp_path / "out", *weighted([1, 2]))
+    assert "transformer.h.1.attn.c_attn.bias" in report["carried_over"]
+    mine = logits(with_adapter(base, tmp_path / "out"))
+    assert float((mine - logits(summed(base, deltas, [1, 2]))).abs().max()) < 1e-6
+
+
 def write(folder: Path, tensors: dict[str, Tensor], **words: Any) -> Path:
     folder.mkdir()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up"], **words}
