@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -73,6 +74,60 @@ def revert(tuned: str, file: str, out: str, quiet: bool, as_json: bool, **option
         from mergekit_ft.deltas.putting import revert as run
 
         result = run(tuned, file, out, progress=progress, **options)
+    _tell(result, quiet, as_json)
+
+
+@delta.command()
+@click.argument("base")
+@click.argument("tasks", nargs=-1, required=True, metavar="TASK=MODEL...")
+@click.argument("out")
+@click.option(
+    "--method",
+    type=click.Choice(["emr", "tall"]),
+    default="emr",
+    show_default=True,
+    help="EMR's elected vector, or the sum with TALL masks.",
+)
+@click.option(
+    "--threshold", type=click.FloatRange(0), default=0.4, show_default=True, help="Of TALL masks."
+)
+@_writing
+def pack(
+    base: str, tasks: tuple[str, ...], out: str, quiet: bool, as_json: bool, **options: Any
+) -> None:
+    """Write tuned models as one pack: a vector, a bit an entry and a number for each."""
+    named = dict(task.partition("=")[::2] for task in tasks)
+    if not all(named.values()) or "" in named or len(named) < len(tasks):
+        raise click.UsageError("each task is written NAME=MODEL, under a name of its own")
+    options.pop("resume")
+    with printing.watched(quiet) as progress:
+        from mergekit_ft.deltas.packing import pack as run
+
+        made = run(base, named, out, progress=progress, **options)
+    if as_json:
+        printing.json_of({**asdict(made), "out": str(made.out)})
+    elif not quiet:
+        from mergekit_ft.inspection.tables import size
+
+        told = (f"{t}: scale {s:.6g}, {made.shares[t]:.1%} kept" for t, s in made.scales.items())
+        whole = f"the tuned tensors themselves take {size(made.dense)}"
+        printing.lines([*told, f"{out}: {size(made.nbytes)}; {whole}"])
+
+
+@delta.command()
+@click.argument("file")
+@click.argument("task")
+@click.argument("out")
+@click.option("--base", required=True, help="The model that the pack was made for.")
+@_writing
+def unpack(
+    file: str, task: str, out: str, base: str, quiet: bool, as_json: bool, **options: Any
+) -> None:
+    """Write the model of one TASK of the pack FILE to OUT."""
+    with printing.watched(quiet) as progress:
+        from mergekit_ft.deltas.packing import unpack as run
+
+        result = run(file, task, out, base=base, progress=progress, **options)
     _tell(result, quiet, as_json)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -114,6 +114,17 @@ class DeltaWriter:
         except OSError as error:
             raise self._failure(error) from error
         held.numel += flat.numel()
+
+    def join(self, name: str, part: str, others: Sequence[str]) -> None:
+        """Make one part of several, one after the other: rows that were made side by side."""
+        joined = [self._parts.pop((name, other)) for other in others]
+        runs = [run for held in joined for run in held.runs]
+        self._parts[name, part] = _Part(joined[0].dtype, sum(h.numel for h in joined), runs)
+
+    def drop(self, name: str, parts: Sequence[str]) -> None:
+        """Leave out parts of a tensor that turned out not to change."""
+        for part in parts:
+            self._parts.pop((name, part), None)
 
     def numel(self, name: str, part: str) -> int:
         """Return how many elements of a part there are so far."""

@@ -105,7 +105,8 @@ class _Finder:
 def _reference(model: ModelReference) -> str:
     """Return how a receipt names a model with what is on it."""
     if model.delta is not None:
-        return f"{model.path}{'-' if model.delta.revert else '+'}{model.delta.path}"
+        of = "" if model.delta.task is None else f":{model.delta.task}"
+        return f"{model.path}{'-' if model.delta.revert else '+'}{model.delta.path}{of}"
     return model.path if model.adapter is None else f"{model.path}+{model.adapter.path}"
 
 

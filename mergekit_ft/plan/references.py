@@ -19,6 +19,7 @@ At = tuple[str | int, ...]
 Words = dict[str, Any]
 _ADAPTER = ("adapter", "lora")  # ours and mergekit's word
 _DELTA = "delta"
+_OF_DELTA = ("path", "scale", "revert", "task")
 _ARCHITECTURE = "override_architecture"
 
 
@@ -63,6 +64,7 @@ class DeltaReference(PlanWords):
     path: str
     scale: float = 1.0
     revert: bool = False
+    task: str | None = None  # of a pack
 
     @model_validator(mode="before")
     @classmethod
@@ -72,10 +74,11 @@ class DeltaReference(PlanWords):
     @property
     def key(self) -> Key:
         """Return what two references to the same delta share."""
-        return (_place(self.path), str(self.scale), str(self.revert))
+        return (_place(self.path), str(self.scale), str(self.revert), self.task)
 
     def __str__(self) -> str:
-        return self.path if self.scale == 1.0 else f"{self.scale:g}*{self.path}"
+        named = self.path if self.task is None else f"{self.path}:{self.task}"
+        return named if self.scale == 1.0 else f"{self.scale:g}*{named}"
 
 
 class ModelReference(PlanWords):
@@ -155,7 +158,7 @@ def _delta(raw: Any) -> Words:
         return {"path": os.path.expanduser(raw)}
     if not isinstance(raw, dict):
         refuse("a delta is a file's PATH, or {path, scale}")
-    _refuse_unknown(raw, ("path", "scale", "revert"), ("path", "scale", "revert"))
+    _refuse_unknown(raw, _OF_DELTA, _OF_DELTA)
     if not isinstance(raw.get("path"), str) or not raw["path"]:
         refuse("path must be text", ("path",))
     scale, revert = raw.get("scale", 1.0), raw.get("revert", False)
@@ -165,7 +168,11 @@ def _delta(raw: Any) -> Words:
         refuse("revert is true or false", ("revert",))
     if revert and scale != 1.0:
         refuse("a delta is taken off whole: scale has no effect with revert", ("scale",))
-    return {"path": os.path.expanduser(raw["path"]), "scale": float(scale), "revert": revert}
+    task = raw.get("task")
+    if not isinstance(task, str | None) or task == "":
+        refuse("task is the name of one of the pack's tasks", ("task",))
+    words = {"scale": float(scale), "revert": revert, "task": task}
+    return {"path": os.path.expanduser(raw["path"]), **words}
 
 
 def _below(read: Any, raw: Any, key: str) -> Any:

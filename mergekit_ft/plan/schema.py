@@ -36,6 +36,7 @@ _DELTA: Json = {
                 "path": _TEXT,
                 "scale": {"type": "number"},
                 "revert": {"type": "boolean"},
+                "task": {"type": ["string", "null"], "description": "of a pack"},
             },
             "required": ["path"],
             "additionalProperties": False,

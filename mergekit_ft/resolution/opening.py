@@ -51,7 +51,7 @@ class Opener:
             self.sources[bare] = open_source(at.path, at.revision, **self._opening)
         if at.delta is not None:
             delta = open_delta(Path(at.delta.path), at.delta.path)
-            words = at.delta.model_dump(include={"scale", "revert"})
+            words = at.delta.model_dump(include={"scale", "revert", "task"})
             return patched(self.sources[bare], delta, **words)
         if at.adapter is None:
             return self.sources[bare]

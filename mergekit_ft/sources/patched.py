@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergekit_ft.errors import SourceError
 from mergekit_ft.layers import role_of
-from mergekit_ft.registry import nearest
+from mergekit_ft.registry import did_you_mean, nearest
 from mergekit_ft.sources.delta_entries import Entries
 from mergekit_ft.sources.delta_file import Change, DeltaFile
 from mergekit_ft.sources.derived import derived
@@ -20,6 +20,7 @@ from mergekit_ft.sources.dtypes import SIZE, TORCH
 from mergekit_ft.sources.header import TensorInfo
 from mergekit_ft.sources.layout import listed
 from mergekit_ft.sources.low_rank import LowRank, Product, Saved, Stored, add
+from mergekit_ft.sources.masked import Masked
 from mergekit_ft.sources.source import Source
 from mergekit_ft.sources.tiles import (
     ComputedReader,
@@ -32,24 +33,36 @@ from mergekit_ft.sources.tiles import (
 
 INSIDE = "delta"  # the folder, in the list of a source's inputs, that its file stands under
 HASHED = 4 << 20  # bytes at a time
+_VALUES = {"add": "values", "low_rank": "a", "mask": "unified"}  # the part whose dtype decides
 EXACT = ("replace", "dense")  # kinds that mean the very values that they hold
 
 
-def patched(base: Source, delta: DeltaFile, *, scale: float = 1.0, revert: bool = False) -> Source:
-    """Return base + scale * delta, or what was before the delta was put on.
+def patched(
+    base: Source,
+    delta: DeltaFile,
+    *,
+    scale: float = 1.0,
+    revert: bool = False,
+    task: str | None = None,
+) -> Source:
+    """Return base + scale * delta (of a pack: of a task), or what was before it was put on.
 
     Every change of the delta is used, or this raises. That the base's tensors are those that the
     delta was made for is checked when they are read, before a byte of them is given.
     """
-    return _Landing(base, delta, scale, revert).source()
+    return _Landing(base, delta, scale, revert, task).source()
 
 
 class _Landing:
     """Where the changes of one delta go in one model."""
 
-    def __init__(self, base: Source, delta: DeltaFile, scale: float, revert: bool) -> None:
+    def __init__(
+        self, base: Source, delta: DeltaFile, scale: float, revert: bool, task: str | None
+    ) -> None:
         self.base, self.delta, self.scale, self.revert = base, delta, scale, revert
-        self.reference = f"{base.reference}{'-' if revert else '+'}{delta.reference}"
+        self.task = task
+        of = "" if task is None else f":{task}"
+        self.reference = f"{base.reference}{'-' if revert else '+'}{delta.reference}{of}"
         self.infos: dict[str, TensorInfo] = dict(base)
         self.recipes: dict[str, Recipe] = {}
         self.edits: dict[str, Any] = {}
@@ -106,11 +119,7 @@ class _Landing:
 
     def _require_scale(self) -> None:
         kinds = {change.kind: change.name for change in self.delta.changes.values()}
-        if "mask" in kinds:
-            raise SourceError(
-                f"{self.reference}: is a pack of {len(self.delta.tasks)} tasks; `mergekit-ft delta "
-                f"unpack` makes the model or the delta of one ({', '.join(self.delta.tasks)})"
-            )
+        self._require_task()
         exact = next((name for kind, name in kinds.items() if kind in EXACT), None)
         if self.scale != 1.0 and exact is not None:
             raise SourceError(
@@ -122,6 +131,21 @@ class _Landing:
             raise SourceError(
                 f"{self.reference}: {listed(loose)} cannot be taken off exactly: what was there "
                 "before is not in the delta; take the base itself"
+            )
+
+    def _require_task(self) -> None:
+        """Refuse a pack without one of its tasks, and a task of what is no pack."""
+        tasks = self.delta.tasks
+        listed_tasks = f"(tasks: {', '.join(tasks)})"
+        if tasks and self.task is None:
+            raise SourceError(
+                f"{self.reference}: is a pack of {len(tasks)} tasks: name one, "
+                f"`delta: {{path: {self.delta.reference}, task: {tasks[0]}}}` {listed_tasks}"
+            )
+        if self.task is not None and self.task not in tasks:
+            hint = did_you_mean(self.task, tasks) if tasks else ": it is no pack"
+            raise SourceError(
+                f"{self.delta.reference}: has no task '{self.task}'{hint} {listed_tasks}"
             )
 
     # ---- put on, taken off
@@ -136,13 +160,17 @@ class _Landing:
         if change.kind == "replace":
             self.recipes[name] = _Replaced(stored, Entries(self.delta, change), "values")
             return
-        values = change.parts["values" if change.kind == "add" else "a"]
+        values = change.parts[_VALUES[change.kind]]
         wide = "F64" if "F64" in (info.dtype, values.dtype) else "F32"
         nbytes = info.numel * SIZE[wide]
         self.infos[name] = replace(info, dtype=wide, nbytes=nbytes, stored=info.kept)
         if change.kind == "add":
             entries = Entries(self.delta, change)
             self.recipes[name] = _Added(stored, entries, self.scale, TORCH[wide])
+        elif change.kind == "mask":
+            number = self.delta.tasks.index(str(self.task))
+            scale = self.scale * self.delta.words["scales"][number]
+            self.recipes[name] = Masked(stored, self.delta, change, number, scale, TORCH[wide])
         else:
             a, b = (Stored(self.delta.reader, change.parts[part]) for part in ("a", "b"))
             scale = self.scale * change.scale

@@ -28,8 +28,9 @@ def delta(**parameters: Any) -> list[float]:
 
 def test_entries_that_fewer_tasks_need_are_taken_out() -> None:
     # sums 3, 6, 4.2, 0.1; |d_t| > 0.4 |d - d_t|:
-    #   1 > 0.4 * 2 for all three; 3 > 0.4 * 3 for two, 0 > 0.4 * 6 not; 4 > 0.4 * 0.2 for the first,
-    #   0.1 > 0.4 * 4.1 for none else; 0.1 > 0 | 2 > 0.4 * 2.1 | 2 > 0.4 * 1.9: all three
+    #   1 > 0.4 * 2 for all three; 3 > 0.4 * 3 for two, 0 > 0.4 * 6 not;
+    #   4 > 0.4 * 0.2 for the first, 0.1 > 0.4 * 4.1 for none else;
+    #   0.1 > 0 | 2 > 0.4 * 2.1 | 2 > 0.4 * 1.9: all three
     assert delta(k=3) == pytest.approx([3.0, 0.0, 0.0, 0.1])
     assert delta(k=2) == pytest.approx([3.0, 6.0, 0.0, 0.1])
     assert delta(k=1) == pytest.approx([3.0, 6.0, 4.2, 0.1])
@@ -51,8 +52,8 @@ def test_the_merge_may_be_that_of_ties() -> None:
     made = delta(k=2, merge="ties", density=1.0)
     assert made == pytest.approx([3.0, 6.0, 0.0, 2.1])
     # of 4 entries 2 are kept: 3, 4 | 3, -2 | 1, 2: total 1, 6, 4, 0: the sign of a zero is +
-    #   sums 1, 6, 4, 2; needs |d_t| > 0.4 |d - d_t|: first 1 > 0: all | 3 > 1.2 twice | 4 > 0 alone |
-    #   0.1 > 0.76 not, 2 > 0.4 * 4, 2 > 0: two
+    #   sums 1, 6, 4, 2; needs |d_t| > 0.4 |d - d_t|:
+    #   first 1 > 0: all | 3 > 1.2 twice | 4 > 0 alone | 0.1 > 0.76 not, 2 > 0.4 * 4, 2 > 0: two
     trimmed = delta(k=2, merge="ties", density=0.5)
     assert trimmed == pytest.approx([1.0, 6.0, 0.0, 2.0])
 
