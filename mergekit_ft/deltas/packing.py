@@ -8,7 +8,7 @@ EMR-Merging (Huang et al. 2024, arXiv:2405.17461): with task vectors d_t,
     rho_t = sum |d_t| / sum |m_t d|      over all entries of the model
     model of task t = theta_0 + rho_t m_t d
 
-TALL masks (Wang et al. 2024, arXiv:2405.07813, Eq. 5): d = sum_t d_t, m_t = |d_t| > lambda |d - d_t|
+TALL masks (Wang et al. 2024, arXiv:2405.07813, Eq. 5): d = sum_t d_t, m_t = |d_t| > l |d - d_t|
 and rho_t = 1. The vector is stored in the base's dtype, and rho_t is of what is stored.
 """
 
