@@ -148,7 +148,7 @@ def test_five_in_all_orders_are_one_file(base: str | None) -> None:
 def test_memory_moves_no_byte() -> None:
     five(torch.float32)
     terms = [(f"d{i}.safetensors", 1.0) for i in range(3)]
-    one = compose(terms, "one.safetensors", memory=1).out.read_bytes()
+    one = compose(terms, "one.safetensors", memory=2**24).out.read_bytes()
     assert one == compose(terms, "other.safetensors").out.read_bytes()
 
 
@@ -269,6 +269,7 @@ def test_a_base_of_other_bytes_is_refused() -> None:
         ([("one", 1.0)], {"head": "oen"}, PlanError, "none of the members: one"),
         ([("one", 1.0)], {"head": "one.safetensors"}, PlanError, "holds no tensor whole"),
         ([("one", 1.0), ("minus", 1.0)], {}, OperatorError, "cancel each other"),
+        ([("one", 1.0)], {"memory": 2**20}, OperatorError, "raise --memory"),
         ([("one", 3e38)], {}, OperatorError, r"w: the members add up to inf at element 1"),
     ],
 )
@@ -311,7 +312,7 @@ def test_sums_agree_with_numpy_over_many_windows() -> None:
         held = zip(places.tolist(), values.tolist(), originals.tolist(), strict=True)
         members.append((replacing(f"{i}.safetensors", {"w": list(held)}, n), 0.5 + i))
         total[places] += (0.5 + i) * (values.astype(np.float64) - originals)
-    done: Composed = compose(members, "sum.safetensors", memory=1)
+    done: Composed = compose(members, "sum.safetensors", memory=2**24)
     found = added(done.out)
     assert sorted(found) == np.flatnonzero(total).tolist()
     made = np.array([found[i] for i in sorted(found)])

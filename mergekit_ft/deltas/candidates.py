@@ -28,9 +28,10 @@ from mergekit_ft.errors import OperatorError, WriteError
 from mergekit_ft.passes import finite
 from mergekit_ft.resolution import Ref
 from mergekit_ft.sources.dtypes import CODE, FLOATING, SIZE
+from mergekit_ft.sources.patched import HASHED
 
 BLOCK = 2 * USUAL  # elements where the budget allows: there is little arithmetic for each call
-EACH = 64  # bytes that an element of a block takes, at most; twice that in float64
+EACH = 128  # bytes that an element of a block takes, at most; twice that in float64
 PROBE = 4096  # elements compared first
 CLUSTERS, CLUSTER = 512, 4096  # runs that a sample is taken from, about, and their elements
 SAMPLED = 2**17  # magnitudes in a sample, about
@@ -143,13 +144,13 @@ def bits_of(pairs: Iterable[Pair]) -> int:
 
 def block_size(bits: int, memory: int, threads: int) -> int:
     """Return the elements of a block: whole cells, so that all workers stay within the budget."""
-    each = EACH * bits // 32
-    if threads * each * CELL > memory:
+    cell, spare = EACH * bits // 32 * CELL, memory // threads - HASHED
+    if cell > spare:
         raise OperatorError(
-            f"{threads} threads need at least {threads * each * CELL:,} bytes of memory, more "
+            f"{threads} threads need at least {threads * (cell + HASHED):,} bytes of memory, more "
             f"than the {memory:,} given; raise --memory or lower --threads"
         )
-    return min(BLOCK, memory // (threads * each * CELL) * CELL)
+    return min(BLOCK, spare // cell * CELL)
 
 
 @dataclass

@@ -34,7 +34,7 @@ from mergekit_ft.sources.layout import listed
 from mergekit_ft.sources.patched import require_base
 from mergekit_ft.sources.tiles import one_thread
 
-HELD = 2**20  # entries of a tensor that are kept for writing; of more the sum is made twice
+HELD = 24  # bytes that an entry of a sum takes, held until it is written
 COPIED = 4 << 20  # bytes at a time
 
 Run = tuple[Tensor, Tensor, Tensor | None]  # places, values, originals
@@ -111,7 +111,11 @@ class _Composing:
         self.found, self.base = found, base
         self.watcher, self.writer = watcher, writer
         self.lax = options.allow_non_finite
-        self.size = window_size(options.memory, len(found.members))
+        self.size = window_size(options.memory // 2, len(found.members))
+        self.memory = options.memory
+        self.held = (
+            options.memory // 2 // HELD
+        )  # entries; of a tensor with more, sums are made twice
         self.tally = Tally()
         self.records: list[Record] = []
         self.entries = 0
@@ -150,7 +154,7 @@ class _Composing:
             require_base(self.base, first, members[0].delta)
         most = sum(member.delta.changes[name].entries for member in members)
         adding = Adding(name, members, self.size)
-        held = list(self._runs(adding, first, self.tally)) if most <= HELD else None
+        held = list(self._runs(adding, first, self.tally)) if most <= self.held else None
         entries, codes, before = 0, 0, -1
         for places, _, _ in held or self._runs(adding, first, self.tally):
             codes += coded(places, before)
@@ -211,6 +215,7 @@ class _Composing:
     def _concatenate(self, name: str, members: Sequence[Member]) -> None:
         """Write the sum of products as one: their factors side by side, with their scales in b."""
         changes = [member.delta.changes[name] for member in members]
+        self._require_room(name, changes)
         held = {change.parts[part].dtype for change in changes for part in ("a", "b")}
         dtype = torch.float64 if "F64" in held else torch.float32
         scales = [m.weight * c.scale for m, c in zip(members, changes, strict=True)]
@@ -227,6 +232,15 @@ class _Composing:
         record = Record(name, "low_rank", first.dtype, first.shape, first.sha256, first.numel)
         self.records.append(Record(**{**vars(record), "shapes": shapes}))
         self._advance(name, members)
+
+    def _require_room(self, name: str, changes: Sequence[Change]) -> None:
+        """Refuse factors that do not fit in memory: twice, in float64."""
+        need = 16 * sum(c.parts[part].numel for c in changes for part in ("a", "b"))
+        if need > self.memory:
+            raise OperatorError(
+                f"{name}: the factors of {len(changes)} products need {need:,} bytes of memory, "
+                f"more than the {self.memory:,} given; raise --memory"
+            )
 
     def _take_whole(self, name: str) -> None:
         """Copy a tensor that the head holds whole."""

@@ -10,6 +10,7 @@ import numpy as np
 from mergekit_ft.deltas.candidates import Entries, Found, Spool
 from mergekit_ft.deltas.reach import Row
 
+BATCH = 4  # part of a block's elements that are counted at a time
 DIGIT = 16  # bits that one look at the spool settles
 
 
@@ -64,7 +65,7 @@ def _magnitudes(spool: Spool, founds: Sequence[Found], size: int) -> Iterator[Ro
     for found in founds:
         for run in found.runs:
             held.append(spool.magnitudes(run, found.bits))
-            if sum(map(len, held)) >= size:
+            if sum(map(len, held)) >= size // BATCH:
                 yield np.concatenate(held)
                 held = []
     if held:

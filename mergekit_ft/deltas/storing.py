@@ -30,6 +30,7 @@ from mergekit_ft.resolution import Ref
 from mergekit_ft.sources.dtypes import SIZE, TORCH
 
 SMALLER = "so many entries change that the tensor is smaller"
+BATCH = 4  # part of a block's elements that are entries written at a time: each takes more bytes
 WIDTH = {"gap16": 2, "int32": 4, "int64": 8}  # bytes of an index
 
 
@@ -49,7 +50,7 @@ class Store:
 
     def take(self, found: Found, cut: Cut | None, station: Station) -> Cut | None:
         """Write what a cut keeps of one tensor; return what is left of the cut for the next."""
-        held = list(self._batches(found, cut)) if found.count <= self.size else None
+        held = list(self._batches(found, cut)) if found.count <= self.size // BATCH else None
         entries = codes = 0
         before = -1
         left = cut
@@ -90,7 +91,7 @@ class Store:
         for run in found.runs:
             kept, cut = _kept(self.spool.get(run, found), cut, run.start)
             held.append(kept)
-            if sum(len(entries.places) for entries in held) >= self.size:
+            if sum(len(entries.places) for entries in held) >= self.size // BATCH:
                 yield _joined(held), cut
                 held = []
         if held:

@@ -15,10 +15,11 @@ from mergekit_ft.contract import CELL
 from mergekit_ft.deltas.candidates import true_places
 from mergekit_ft.deltas.members import Member
 from mergekit_ft.deltas.reach import Row
+from mergekit_ft.errors import OperatorError
 from mergekit_ft.sources.delta_entries import Entries
 
 LEAST, MOST = CELL, 16 * CELL  # places in a window
-EACH = 64  # bytes that a place takes; and two more for each member
+EACH = 96  # bytes that a place takes; and two more for each member
 NEGATIVE, POSITIVE, ZERO = 1, 2, 4  # what a member does at a place; 0: nothing
 
 
@@ -54,7 +55,12 @@ class Tally:
 def window_size(memory: int, members: int) -> int:
     """Return the places in a window: whole cells, within the budget."""
     each = EACH + 2 * members
-    return max(LEAST, min(MOST, memory // (each * CELL) * CELL))
+    if memory < each * LEAST:
+        raise OperatorError(
+            f"{members} members need at least {each * LEAST:,} bytes of memory, more than the "
+            f"{memory:,} given; raise --memory"
+        )
+    return min(MOST, memory // (each * CELL) * CELL)
 
 
 class Adding:
