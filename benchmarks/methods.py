@@ -59,6 +59,7 @@ ROWS = {
     "breadcrumbs_ties": Row("weight: 0.5, density: 0.2, gamma: 0.01", bar=MAGNITUDES),
     "model_stock": Row(),
     "nearswap": Row(shared="t: 0.001", tuned=1),
+    "intruder_scaling": Row(tuned=1, bar=None, peer=False),  # decomposes every matrix
     "consensus": Row("threshold: 0.4", "k: 2", peer=False),
     "sce": Row(shared="select_topk: 0.1", bar=MAGNITUDES),
     "arcee_fusion": Row(tuned=1, bar=MAGNITUDES),

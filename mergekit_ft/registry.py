@@ -32,6 +32,7 @@ KINDS = {
     "adjustment": Kind("Adjustment", "a method that merges"),
     "tuner": Kind("Tuner", "a tuner, for `tuner:` of a tune plan"),
     "objective": Kind("Objective", "an objective, for `objective:` of a tune plan"),
+    "probe": Kind("Probe", "a probe, for `mergekit-ft probe`"),
     "operator": Kind("Operator", "a method that merges"),
 }
 
@@ -163,9 +164,9 @@ def _module_file(name: str) -> Path:
 
 
 def _only_class(module_name: str, attribute: str) -> Any:
-    from mergekit_ft import contract, learning
+    from mergekit_ft import contract, learning, looking
 
-    kinds = (contract.Operator, learning.Tuner, learning.Objective)
+    kinds = (contract.Operator, learning.Tuner, learning.Objective, looking.Probe)
     module = importlib.import_module(module_name)
     exported = [attribute] if attribute else list(getattr(module, "__all__", ()))
     found = [getattr(module, word, None) for word in exported]

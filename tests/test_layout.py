@@ -142,8 +142,11 @@ def test_a_methods_folder_is_whole(folder: Path) -> None:
     assert wanted <= {path.name for path in folder.iterdir()}
     assert (ROOT / "tests" / "methods" / f"test_{name}.py").is_file()
     first = (folder / "plan.yaml").read_text(encoding="utf-8").splitlines()[0]
-    command = "tune" if registry.kind(name) in ("tuner", "objective") else "merge"
-    assert re.match(rf"# *mergekit-ft {command} methods/{name}/plan\.yaml \S", first), first
+    command = {"tuner": "tune", "objective": "tune", "probe": "probe"}.get(
+        registry.kind(name), "merge"
+    )
+    out = "" if command == "probe" else " \\S"
+    assert re.match(rf"# *mergekit-ft {command} methods/{name}/plan\.yaml{out}", first), first
 
 
 def test_every_folder_of_methods_is_a_method_with_a_line_in_the_table() -> None:

@@ -111,6 +111,9 @@ METHODS = {
     "breadcrumbs_ties": Method(BANDS, DROPPED),
     "model_stock": Method(shared={"filter_wise": flags}, tuned=(2, 2)),
     "nearswap": Method(shared={"t": weights}, tuned=(1, 1)),
+    "intruder_scaling": Method(
+        shared={"lambda": numbers, "which": st.sampled_from(["top", "all"])}, tuned=(1, 1)
+    ),
     "consensus": Method(
         {"threshold": shares},
         {"k": st.integers(0, 3), "merge": st.sampled_from(["ta", "ties"]), "density": shares},

@@ -12,6 +12,7 @@ from mergekit_ft.cli.lora import lora
 from mergekit_ft.cli.merging import check, merge
 from mergekit_ft.cli.methods import card, methods, schema
 from mergekit_ft.cli.migrating import migrate
+from mergekit_ft.cli.probing import probe
 from mergekit_ft.cli.pushing import push
 from mergekit_ft.cli.tuning import tune
 
@@ -31,6 +32,7 @@ COMMANDS = (
     push,
     migrate,
     inspect,
+    probe,
     tune,
     delta,
     lora,
