@@ -38,8 +38,6 @@ def _largest(matrix: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     gram = matrix @ matrix.T if wide else matrix.T @ matrix
     vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : min(top, len(gram))]
     others = matrix.T @ vectors if wide else matrix @ vectors
-    s = others.norm(dim=0)
-    order = s.argsort(descending=True, stable=True)
-    s, vectors = s[order], vectors[:, order]
-    others = others[:, order] / s.clamp(min=torch.finfo(s.dtype).tiny)
+    s = others.norm(dim=0)  # in the order of the eigenvalues, which are their squares
+    others = others / s.clamp(min=torch.finfo(s.dtype).tiny)
     return (vectors, s, others) if wide else (others, s, vectors)

@@ -56,14 +56,13 @@ class IntruderScaling(Operator):
         if self.transposed:
             base, tuned, delta = base.T, tuned.T, delta.T
         found = leading(base, tuned, self.k)
-        chosen = self._chosen(found)
-        if len(chosen):
-            part = (found.u[:, chosen] * found.s[chosen]) @ found.v[:, chosen].T
-            delta.add_(part, alpha=self.lambda_ - 1.0)
+        sizes = found.s * self._chosen(found)
+        delta.add_((found.u * sizes) @ found.v.T, alpha=self.lambda_ - 1.0)
 
     def _chosen(self, found: Leading) -> Tensor:
-        intruders = (found.nearest < self.epsilon).nonzero().flatten()
-        return intruders[:1] if self.which == "top" else intruders
+        """Return (k,) true for the intruders that are scaled."""
+        intrudes = found.nearest < self.epsilon
+        return intrudes & (intrudes.cumsum(0) == 1) if self.which == "top" else intrudes
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> Tensor:
         """Return the delta in float64, by whole singular value decompositions."""
