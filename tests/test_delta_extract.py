@@ -227,6 +227,22 @@ def test_new_tensors_and_other_shapes_and_asked_for_ones_are_stored_whole() -> N
     assert same(load_file("out/model.safetensors"), tuned)
 
 
+def test_empty_and_scalar_and_8_bit_tensors_go_along() -> None:
+    base = {"w": torch.ones(3), "f": torch.ones(4).to(torch.float8_e4m3fn)}
+    tuned = {
+        "w": torch.tensor([1.0, 2.0, 1.0]),
+        "f": torch.tensor([1.0, 1.0, 3.0, 1.0]).to(torch.float8_e4m3fn),
+        "none": torch.empty(0, 4),
+        "one": torch.tensor(3.0),
+    }
+    pair(base, tuned)
+    found = extract("b", "t", "d.safetensors", k=2)
+    assert set(found.whole) == {"none", "one"} and found.entries == 2
+    apply("b", found.out, "out")
+    made = load_file("out/model.safetensors")
+    assert all(torch.equal(made[n].float(), t.float()) for n, t in tuned.items())
+
+
 def test_tied_weights_count_once() -> None:
     base = weights(0)
     del base[HEAD]

@@ -76,14 +76,19 @@ class Store:
         if pair.base is not None and self._equal(pair, pair.base, station):
             return
         for part, ref in (("originals", pair.base), ("values", pair.tuned)):
-            for span in spans(ref.info.numel, self.size) if ref is not None else ():
-                assert ref is not None
-                raw = station.read(ref, span, 0)
-                if not self.allow_non_finite:
-                    require_finite(ref, span, raw)
-                self._append(pair, part, raw)
-                self.advance(raw.nbytes)
+            if ref is not None:
+                self._copy(pair, part, ref, station)
         self._record_whole(pair, pair.tuned, pair.why)
+
+    def _copy(self, pair: Pair, part: str, ref: Ref, station: Station) -> None:
+        """Copy a tensor into a part, which an empty one has too."""
+        self._append(pair, part, torch.empty(0, dtype=TORCH[ref.info.dtype]))
+        for span in spans(ref.info.numel, self.size):
+            raw = station.read(ref, span, 0)
+            if not self.allow_non_finite:
+                require_finite(ref, span, raw)
+            self._append(pair, part, raw)
+            self.advance(raw.nbytes)
 
     def _batches(self, found: Found, cut: Cut | None) -> Iterator[tuple[Entries, Cut | None]]:
         """Yield what is kept of some runs at a time, placed in the tensor, and the cut left."""
