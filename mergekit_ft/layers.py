@@ -29,6 +29,8 @@ class Place:
 
 _LAYER = re.compile(r"(?:^|\.)([0-9]+)\.")  # the first such segment: T5's block, not its sub-layer
 
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")  # of an expert, or of a part of a layer
+
 _BESIDE = re.compile(r"(?:^|[._])(?:mtp|nextn|medusa|eagle)")
 _HEAD = re.compile(
     r"lm_head|embed_out|score|classifier|pre_classifier|classification_head|qa_outputs|cls"
@@ -74,6 +76,18 @@ def renumbered(name: str, place: Place, layer: int) -> str:
     """Return the name that a tensor of a layer has in another layer."""
     before = f"{place.stack}." if place.stack else ""
     return f"{before}{layer}{name[len(before) + len(str(place.layer)) :]}"
+
+
+def family(name: str, place: Place) -> str:
+    """Return what a tensor is called in every layer: "self_attn.q_proj", "mlp.experts.*.w1".
+
+    Experts count as one; ".weight" is left out. Outside every stack a tensor is its own family.
+    """
+    if place.layer is not None:
+        before = f"{place.stack}." if place.stack else ""
+        name = name[len(before) + len(str(place.layer)) + 1 :]
+        name = _NUMBER.sub("*", name)
+    return name.removesuffix(".weight") or name
 
 
 def _stack_and_layer(name: str) -> tuple[str, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_ft.layers import Place, places
+from mergekit_ft.layers import Place, family, places
 
 
 def test_llama_blocks_count_from_zero_to_the_last_layer() -> None:
@@ -110,3 +110,18 @@ def test_tensors_outside_stacks_have_no_depth() -> None:
 )
 def test_roles_outside_stacks_go_by_the_names_of_the_field(role: str, names: list[str]) -> None:
     assert {name: place.role for name, place in places(names).items()} == dict.fromkeys(names, role)
+
+
+def test_a_family_is_what_a_tensor_is_called_in_every_layer() -> None:
+    names = {
+        "model.layers.11.self_attn.q_proj.weight": "self_attn.q_proj",
+        "model.layers.11.self_attn.q_proj.bias": "self_attn.q_proj.bias",
+        "model.layers.0.block_sparse_moe.experts.7.w1.weight": "block_sparse_moe.experts.*.w1",
+        "encoder.block.3.layer.0.SelfAttention.q.weight": "layer.*.SelfAttention.q",
+        "h.0.attn.bias": "attn.bias",
+        "0.weight": "weight",
+        "model.norm.weight": "model.norm",
+        "weight": "weight",
+    }
+    found = places(names)
+    assert {name: family(name, found[name]) for name in names} == names
