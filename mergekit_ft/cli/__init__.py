@@ -6,6 +6,7 @@ import click
 
 from mergekit_ft import __version__
 from mergekit_ft.cli.delta import delta
+from mergekit_ft.cli.differing import diff
 from mergekit_ft.cli.group import DIFFERENT, EXIT_CODES, INTERRUPTED, Main
 from mergekit_ft.cli.looking import inspect, verify
 from mergekit_ft.cli.lora import lora
@@ -32,6 +33,7 @@ COMMANDS = (
     push,
     migrate,
     inspect,
+    diff,
     probe,
     tune,
     delta,

@@ -31,8 +31,22 @@ def figure(value: Value, unit: str = "") -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "not a number" if math.isnan(value) else f"{MINUS if value < 0 else ''}infinite"
     if unit == "%":
-        return f"{_short(value * 100)}%"
+        return f"{_near(100 * value, 100) if 0.9 < value < 1 else _short(100 * value)}%"
     return f"{_short(value)}{f' {unit}' if unit else ''}"
+
+
+def cosine(value: float | None) -> str:
+    """Return a cosine with six digits, more where it would look like 1 and is not."""
+    if value is None:
+        return "\u2013"
+    return _near(value, 1, 6) if 0 < value < 1 else f"{value:.6f}".replace("-", MINUS)
+
+
+def _near(value: float, whole: int, places: int = 1) -> str:
+    """Return a number below a whole one with as many places as tell it from that."""
+    while float(text := f"{value:.{places}f}") >= whole and places < 17:
+        places += 1
+    return text
 
 
 def _short(value: float) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import ValidationError
+
 from mergekit_ft.errors import Fault, PlanError, SourceError
 from mergekit_ft.plan import ModelReference, Reading, nearest_stage, referred
 from mergekit_ft.plan.references import Key
@@ -58,6 +61,21 @@ class Opener:
         given = {key: value for key, value in self._opening.items() if key != "headers_only"}
         adapter = open_adapter(at.adapter.path, at.adapter.revision, **given)
         return adapted(self.sources[bare], adapter)
+
+
+def open_model(words: str, **opening: Any) -> Source:
+    """Open a model by a plan's words: PATH, PATH@REVISION, MODEL+ADAPTER, {model: M, delta: D}.
+
+    In braces stands what a plan has there, in YAML. `opening` is as for a source.
+    """
+    try:
+        raw = yaml.safe_load(words) if words.startswith("{") else words
+        reference = ModelReference.model_validate(raw)
+    except yaml.YAMLError:
+        raise PlanError(f"{words}: is not YAML; write {{model: PATH, delta: FILE}}") from None
+    except ValidationError as error:
+        raise PlanError(f"{words}: {error.errors()[0]['msg']}") from None
+    return Opener(None, opening)._on_its_base(reference, reference)
 
 
 def _whole(found: Mapping[Key, Source | None]) -> bool:
