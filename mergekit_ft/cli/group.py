@@ -11,7 +11,7 @@ from mergekit_ft.errors import MergekitError, PlanError
 DIFFERENT = 1  # exit code of `verify` and `diff`
 INTERRUPTED = 130
 EXIT_CODES = (
-    "Exit codes: 0 ok; 1 verification differs; 2 usage; 3 plan; 4 source; 5 operator (values that "
+    "Exit codes: 0 ok; 1 something differs; 2 usage; 3 plan; 4 source; 5 operator (values that "
     "do not merge); 6 write; 130 interrupted."
 )
 
