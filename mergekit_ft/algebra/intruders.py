@@ -23,10 +23,23 @@ class Leading(NamedTuple):
 
 
 def leading(base: Tensor, tuned: Tensor, top: int) -> Leading:
-    """Return the triplets of (m, n) float64 matrices; the base's basis is exact."""
-    basis = torch.linalg.svd(base, full_matrices=False).U  # (m, min(m, n))
+    """Return the triplets of (m, n) float64 matrices, and their nearest in the base."""
+    basis = _left(base)  # (m, min(m, n))
     u, s, v = _largest(tuned, top)
     return Leading(u, s, v, (basis.T @ u).abs().amax(0).clamp(max=1.0))
+
+
+def _left(matrix: Tensor) -> Tensor:
+    """Return every left singular vector, orthonormal, by the Gram matrix of the shorter side.
+
+    Several times faster than a decomposition, and as good for singular values above 1e-7 of the
+    largest; those below have no directions of their own in a model's stored dtype.
+    """
+    if matrix.shape[0] <= matrix.shape[1]:
+        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors
+    q, r = torch.linalg.qr(matrix)
+    turned: Tensor = q @ torch.linalg.eigh(r @ r.T).eigenvectors
+    return turned
 
 
 def _largest(matrix: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
