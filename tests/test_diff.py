@@ -86,7 +86,9 @@ def test_one_file_linked_twice_is_known_to_be_equal(tmp_path: Path) -> None:
 def merged(folder: Path, base: str) -> Path:
     from mergekit_ft.engine import merge
 
-    merge({"merge_method": "passthrough", "models": [{"model": base}]}, folder, allow_unchanged=True)
+    merge(
+        {"merge_method": "passthrough", "models": [{"model": base}]}, folder, allow_unchanged=True
+    )
     return folder
 
 

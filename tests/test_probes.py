@@ -87,3 +87,16 @@ def test_models_of_another_shape_and_nan_are_told() -> None:
     save_file(held, "maths/model.safetensors", {"format": "pt"})
     result = cli("probe", "sensitivity", "base", "maths")
     assert result.exit_code == 5 and "model.norm.weight holds NaN" in result.stderr
+
+
+def test_a_report_and_a_picture_are_written_whole(tmp_path: Path) -> None:
+    words = ("probe", "intruder_dimensions", "base", "maths", "--report", "r.html")
+    assert cli(*words, "--plot", "p.svg").exit_code == 0
+    page = Path("r.html").read_text()
+    assert "Intruder dimensions" in page and "self_attn.q_proj" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    assert Path("p.svg").read_text().startswith("<?xml")
+    again = cli(*words)
+    assert again.exit_code == 6 and "--overwrite replaces it" in again.stderr
+    plan = ("probe", "sensitivity", "base", "maths", "chat", "--report", "s.html")
+    assert cli(*plan).exit_code == 0 and "model.layers.*.mlp" in Path("s.html").read_text()

@@ -35,11 +35,10 @@ def _left(matrix: Tensor) -> Tensor:
     Several times faster than a decomposition, and as good for singular values above 1e-7 of the
     largest; those below have no directions of their own in a model's stored dtype.
     """
-    if matrix.shape[0] <= matrix.shape[1]:
-        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors
-    q, r = torch.linalg.qr(matrix)
-    turned: Tensor = q @ torch.linalg.eigh(r @ r.T).eigenvectors
-    return turned
+    tall = matrix.shape[0] > matrix.shape[1]
+    q, square = torch.linalg.qr(matrix) if tall else (None, matrix)
+    vectors: Tensor = torch.linalg.eigh(square @ square.T).eigenvectors
+    return vectors if q is None else q @ vectors
 
 
 def _largest(matrix: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
