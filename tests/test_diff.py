@@ -319,3 +319,70 @@ def test_names_that_would_write_on_a_terminal_are_written_out(tmp_path: Path) ->
 def test_quiet_prints_nothing_and_the_code_says_it(tmp_path: Path) -> None:
     a = model(tmp_path / "a")
     assert command(a, a, "--quiet") == (0, "")
+
+
+def test_a_page_and_a_chart_are_written_of_what_was_found(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    other = weights()
+    other["model.layers.1.norm.weight"] += 1
+    other["lm_head.<b>.weight"] = torch.ones(2)
+    a, b = model(tmp_path / "a"), model(tmp_path / "b", other)
+    out, chart = tmp_path / "out.html", tmp_path / "out.svg"
+    words = (a, b, "--stats", "--report", str(out), "--plot", str(chart), "--measure", "largest")
+    assert command(*words, "--quiet") == (1, "")
+    text = out.read_text()
+    assert "lm_head.&lt;b&gt;.weight: only in B" in text
+    assert "<b>.weight" not in text
+    for part in ("Change by layer and module", "in steps of their dtype", "Tensors"):
+        assert part in text
+    assert "largest change" in chart.read_text()
+    code, said = command(*words)
+    assert (code, "exists; --overwrite replaces it" in said) == (6, True)
+    assert command(*words, "--overwrite", "--quiet")[0] == 1
+    assert out.read_text() == text
+
+
+def test_a_page_of_headers_shows_what_headers_know(tmp_path: Path) -> None:
+    a, b = model(tmp_path / "a"), model(tmp_path / "b", config=CONFIG | {"x": "<i>"})
+    out = tmp_path / "out.html"
+    assert command(a, b, "--report", str(out), "--quiet")[0] == 1
+    text = out.read_text()
+    assert "x: absent in A, &lt;i&gt; in B" in text
+    assert "weights not compared" in text
+    assert "<table" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--plot", "x.png"), "without --stats no weight is read"),
+        (("--stats", "--measure", "cosine"), "--measure says what --plot draws"),
+        (("--overwrite",), "is about the files of --report and --plot"),
+    ],
+)
+def test_options_without_an_effect_are_refused(tmp_path: Path, words: Any, said: str) -> None:
+    a = model(tmp_path / "a")
+    code, printed = command(a, a, *words)
+    assert (code, said in printed) == (2, True)
+
+
+def test_a_map_sums_up_layers_and_families(tmp_path: Path) -> None:
+    from mergekit_ft.inspection.diff_page import heat_maps
+
+    other = weights(torch.float32)
+    for i in range(3):
+        other[f"model.layers.{i}.norm.weight"] = torch.full((4,), 1.0 + i)
+    mine = weights(torch.float32)
+    made = diff(model(tmp_path / "a", mine), model(tmp_path / "b", other), Asked(stats=True))
+    (found,) = heat_maps(made)
+    assert found.columns == ["all", "0", "1", "2"]
+    assert found.rows == ["all of these", "mlp.up_proj", "norm", "model.embed_tokens"]
+    largest = found.measure("largest change").values
+    assert largest == [[2, 0, 1, 2], [0, 0, 0, 0], [2, 0, 1, 2], [0, None, None, None]]
+    norms = [mine[f"model.layers.{i}.mlp.up_proj.weight"].double().square().sum() for i in range(3)]
+    whole = ((0 + 4 + 16) / (float(sum(norms)) + 12)) ** 0.5
+    last = (16 / (float(norms[2]) + 4)) ** 0.5
+    relative = found.measure("relative norm").values[0]
+    assert (relative[0], relative[3]) == (pytest.approx(whole), pytest.approx(last))
+    turned = made.families()["model.layers", "norm", None]
+    assert turned.turn == pytest.approx(1 - 24 / (12 * 56) ** 0.5)

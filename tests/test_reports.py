@@ -165,6 +165,9 @@ def test_colours_run_over_what_is_there() -> None:
     assert [ramp.step(x) for x in (0.01, 0.1, 1.0)] == [0, STEPS // 2, STEPS - 1]
     assert ramp.at(0.5) == pytest.approx(0.1)
     assert ramp_of(Measure("m", ((0.0, None),))) is None
+    few = ramp_of(Measure("m", ((1e-9, *[1.0] * 18, 2.0),), scale="log"))
+    assert few is not None
+    assert (few.low, few.high, few.clipped, few.step(1e-9)) == (1.0, 2.0, True, 0)
     below = ramp_of(Measure("m", ((-1.0, 1.0),), scale="log"))
     assert below is not None
     assert below.scale == "linear"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -32,6 +33,12 @@ TOP = 20  # tensors listed
     "--memory", type=settings.SIZE, default="1GiB", show_default=True, help="Bytes for blocks."
 )
 @click.option("--threads", type=click.IntRange(1), help="Workers; one a core, at most 8.")
+@click.option("--report", type=click.Path(), help="Write all of it as one HTML page.")
+@click.option("--plot", type=click.Path(), help="Draw the map of layers and modules: .png or .svg.")
+@click.option(
+    "--measure", type=click.Choice(SORTS[:-1]), help="Drawn by --plot; else relative_norm."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the files of --report and --plot.")
 @settings.offline
 @settings.allow_pickle
 @click.option("--quiet", is_flag=True, help="Print nothing: the exit code says it.")
@@ -41,6 +48,10 @@ def diff(
     b: str,
     sort: str | None,
     top: int | None,
+    report: str | None,
+    plot: str | None,
+    measure: str | None,
+    overwrite: bool,
     quiet: bool,
     as_json: bool,
     **asked: Any,
@@ -54,14 +65,55 @@ def diff(
     """
     from mergekit_ft.inspection import diff as room
 
-    _require_stats(asked["stats"], {"--sort": sort, "--top": top})
+    idle = {"--sort": sort, "--top": top, "--plot": plot, "--measure": measure}
+    _require_stats(asked["stats"], idle)
+    files = Files(report, plot, measure, overwrite)
+    files.require_room()
     words = ("stats", "include", "exclude", "ignore")
     wanted = room.Asked(**{word: asked.pop(word) for word in words})
     with printing.watched(quiet or not wanted.stats) as progress:
         made = room.diff(a, b, wanted, progress=progress, **asked)
+    ranked = room.ranked(made.lines, sort or "relative_norm")
+    files.write(made, ranked[:top])
     if not quiet:
-        _print(made, room.ranked(made.lines, sort or "relative_norm"), top, as_json)
+        _print(made, ranked, top, as_json)
     click.get_current_context().exit(DIFFERENT if made.different else 0)
+
+
+class Files(NamedTuple):
+    """The files that are asked for beside what is printed."""
+
+    report: str | None
+    plot: str | None
+    measure: str | None
+    overwrite: bool
+
+    def require_room(self) -> None:
+        """Refuse, before a weight is read, what could not be written or has no effect."""
+        from mergekit_ft.reports import require_matplotlib, require_room
+
+        if self.measure and not self.plot:
+            raise click.UsageError("--measure says what --plot draws; name its file")
+        if self.overwrite and not (self.report or self.plot):
+            raise click.UsageError("--overwrite is about the files of --report and --plot")
+        if self.report:
+            require_room(Path(self.report), overwrite=self.overwrite)
+        if self.plot:
+            require_matplotlib(Path(self.plot), overwrite=self.overwrite)
+
+    def write(self, made: Diff, lines: list[Line]) -> None:
+        """Write them."""
+        if not (self.report or self.plot):
+            return
+        from mergekit_ft.inspection import diff_page
+        from mergekit_ft.reports import draw, page, write
+
+        found = diff_page.report(made, lines)
+        if self.report:
+            write(Path(self.report), page(found), overwrite=self.overwrite)
+        if self.plot and made.lines:
+            part, name = diff_page.drawn(made, self.measure or "relative_norm")
+            draw(part, name, Path(self.plot), title=found.title, overwrite=self.overwrite)
 
 
 def _require_stats(stats: bool, given: dict[str, Any]) -> None:

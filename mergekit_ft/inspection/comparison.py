@@ -81,6 +81,15 @@ class Totals:
         return max(-1.0, min(1.0, found)) if math.isfinite(found) else None
 
     @property
+    def turn(self) -> float | None:
+        """Return 1 - cosine, exact where that is near 0; None where a or b is zero."""
+        before, after, _, moved = self.sums
+        if moved == 0.0 or self.cosine is None:
+            return None if self.cosine is None else 0.0
+        longer = math.sqrt(after) - math.sqrt(before)
+        return max(0.0, (moved - longer * longer) / (2 * math.sqrt(before) * math.sqrt(after)))
+
+    @property
     def changed_share(self) -> float:
         """Return the share of the elements that differ."""
         return self.changed / self.numel if self.numel else 0.0

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mergekit_ft.inspection.diff import Diff, Line
 
 SHOWN = 8  # differences of one part
+WORDS = {"names": "names of tensors", "files": "side files", "layout": "layout of files"}
 WIDE = 60  # characters of a value
 HEAD = ("relative norm", "cosine", "changed", "same sign", "largest change")
 
@@ -34,7 +35,11 @@ def lines(made: Diff, shown: Sequence[Line]) -> Iterator[str]:
 def verdict(made: Diff) -> str:
     """Return what all of it comes to, in one sentence."""
     differ = [part for part, rows in made.headers.items() if any("unread" not in r for r in rows)]
-    headers = f"differ in {', '.join(differ)}" if differ else "headers and side files agree"
+    headers = (
+        f"differ in {', '.join(WORDS.get(part, part) for part in differ)}"
+        if differ
+        else "headers and side files agree"
+    )
     if made.weights == "unknown":
         return f"{headers}; weights not compared (--stats reads them)"
     if made.stats:
@@ -106,7 +111,7 @@ def _value(row: dict[str, Any], key: str) -> str:
 def _tables(made: Diff, shown: Sequence[Line]) -> Iterator[str]:
     yield ""
     families = [
-        (visible(label(stack, name)), *cells(totals))
+        (visible(label(made, stack, name)), *cells(totals))
         for (stack, name, _), totals in made.families().items()
     ]
     yield from table(("module family", *HEAD), [*families, ("all", *cells(made.total()))])
@@ -120,9 +125,10 @@ def _tables(made: Diff, shown: Sequence[Line]) -> Iterator[str]:
     yield ""
 
 
-def label(stack: str, name: str) -> str:
-    """Return a module family with the stack that it is in."""
-    return f"{stack}.*.{name}" if stack else name
+def label(made: Diff, stack: str, name: str) -> str:
+    """Return a module family, with the stack that it is in where there are several."""
+    several = len({line.place.stack for line in made.lines} - {""}) > 1
+    return f"{stack}.*.{name}" if stack and several else name
 
 
 def cells(totals: Totals) -> tuple[str, ...]:

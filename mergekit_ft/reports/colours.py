@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mergekit_ft.reports.report import Measure, Scale
 
 STEPS = 24  # of colour
+FEW = 0.05  # share of the values that a logarithmic ramp may begin above
 DAY = ("#eef3ec", "#cbe3d7", "#98cbc3", "#5fb0b8", "#3489ad", "#26659c", "#283f85", "#271d5f")
 NIGHT = ("#1c2431", "#22395a", "#1d5a7c", "#1f7c8b", "#46a08c", "#86c384", "#cfe083", "#fbf5ae")
 
@@ -20,9 +21,10 @@ NIGHT = ("#1c2431", "#22395a", "#1d5a7c", "#1f7c8b", "#46a08c", "#86c384", "#cfe
 class Ramp:
     """From a measure's values to steps of colour."""
 
-    low: float
+    low: float  # of the first step, which also stands for what is less
     high: float
     scale: Scale
+    clipped: bool = False  # there is less than `low`
 
     def step(self, value: float) -> int:
         """Return 0 for the lowest to STEPS - 1 for the highest."""
@@ -43,14 +45,17 @@ class Ramp:
 def ramp_of(measure: Measure) -> Ramp | None:
     """Return the ramp over a measure's finite values; zeros, which are marked, stand apart.
 
-    None where nothing is to be coloured. A logarithm is taken only of what is above zero.
+    None where nothing is to be coloured. A logarithm is taken only of what is above zero, and
+    begins where all but the few smallest are, which would take the colours from the others.
     """
     held = [v for row in measure.values for v in row if v is not None and math.isfinite(v) and v]
     if not held:
         return None
     scale: Scale = "linear" if min(held) <= 0 else measure.scale
-    low = min(held) if scale == "log" or min(held) < 0 else 0.0
-    return Ramp(float(low), float(max(held)), scale)
+    if scale == "log":
+        low = sorted(held)[int(FEW * len(held))]
+        return Ramp(float(low), float(max(held)), scale, low > min(held))
+    return Ramp(float(min(0, *held)), float(max(held)), scale)
 
 
 def blended(stops: Sequence[str], share: float) -> str:

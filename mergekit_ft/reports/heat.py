@@ -110,11 +110,17 @@ def _legend(part: HeatMap, measure: Measure, ramp: Ramp | None) -> Iterator[str]
         box = 'viewBox="0 0 240 12" preserveAspectRatio="none"'
         yield f'<div class="scale"><svg class="ramp" {box} aria-hidden="true">'
         yield f"{swatches}</svg>"
-        ticks = (figure(ramp.at(i / (TICKS - 1)), measure.unit) for i in range(TICKS))
+        ticks = ticks_of(ramp, measure.unit)
         yield f'<div class="ticks">{"".join(f"<span>{tick}</span>" for tick in ticks)}</div></div>'
     yield "<ul>"
     yield from _marks(part, measure, ramp)
     yield "</ul></div>"
+
+
+def ticks_of(ramp: Ramp, unit: str) -> list[str]:
+    """Return the numbers along a legend; the first may stand for what is less, too."""
+    said = [figure(ramp.at(i / (TICKS - 1)), unit) for i in range(TICKS)]
+    return [f"\u2264 {said[0]}" if ramp.clipped else said[0], *said[1:]]
 
 
 def _marks(part: HeatMap, measure: Measure, ramp: Ramp | None) -> Iterator[str]:

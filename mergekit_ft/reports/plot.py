@@ -10,8 +10,8 @@ from typing import Any
 
 from mergekit_ft.errors import WriteError
 from mergekit_ft.reports.colours import DAY, ramp_of
-from mergekit_ft.reports.figures import figure, visible
-from mergekit_ft.reports.heat import TICKS, outside
+from mergekit_ft.reports.figures import visible
+from mergekit_ft.reports.heat import TICKS, outside, ticks_of
 from mergekit_ft.reports.report import HeatMap, Measure, Value
 from mergekit_ft.reports.writing import require_room, write
 
@@ -72,10 +72,11 @@ def _grid(found: Any, part: HeatMap, measure: Measure, title: str) -> None:
     lines = (title, f"{part.title}: {measure.name}")
     said = "\n".join(_short(line, 2 * LONGEST) for line in lines)
     axes.set_title(said, loc="left", fontsize=9, color=INK)
-    if norm is not None:
+    if ramp is not None:
         bar = found.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.015, aspect=25)
-        ticks = [ramp.at(i / (TICKS - 1)) for i in range(TICKS)] if ramp is not None else []
-        bar.set_ticks(ticks, labels=[figure(tick, measure.unit) for tick in ticks])
+        bar.set_ticks(
+            [ramp.at(i / (TICKS - 1)) for i in range(TICKS)], labels=ticks_of(ramp, measure.unit)
+        )
         bar.minorticks_off()
         bar.ax.tick_params(labelsize=7)
         bar.outline.set_visible(False)
