@@ -10,6 +10,8 @@ import click
 from mergekit_ft.cli import printing, settings
 from mergekit_ft.cli.extracting import compose, extract
 
+FORMATS = ("composable-sft", "shira", "sara", "delta")
+
 
 @click.group()
 def delta() -> None:
@@ -129,6 +131,27 @@ def unpack(
 
         result = run(file, task, out, base=base, progress=progress, **options)
     _tell(result, quiet, as_json)
+
+
+@delta.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--from", "of", type=click.Choice(FORMATS), required=True, help="What SOURCE is.")
+@click.option("--to", type=click.Choice(FORMATS), required=True, help="What OUT becomes.")
+@click.option("--base", help="The model that the delta is of; needed --to delta.")
+@click.option("--exact", is_flag=True, help="Store what comes out, rounded, and what was there.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is whole.")
+@settings.offline
+@settings.as_json
+def convert(source: str, out: str, as_json: bool, **options: Any) -> None:
+    """Convert a delta of composable-sft, SHiRA or SaRA to a delta file, or the other way."""
+    from mergekit_ft.deltas.convert import convert as run
+
+    made = run(source, out, **options)
+    if as_json:
+        printing.json_of({**asdict(made), "out": str(made.out)})
+    else:
+        printing.lines([f"{out}: {made.entries:,} entries, {made.tensors} tensors"])
 
 
 @delta.command()
