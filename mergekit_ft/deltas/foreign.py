@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from mergekit_ft.sources.delta_entries import Entries
 from mergekit_ft.sources.delta_file import Change, DeltaFile
 from mergekit_ft.sources.dtypes import CODE, TORCH
 from mergekit_ft.sources.layout import listed
+from mergekit_ft.sources.patched import tensor_hash
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _sparse(
     else:
         writer.append(name, "values", part.values)
     kind = "replace" if exact else "add"
-    digest = hashlib.sha256(held.flatten().view(torch.uint8).numpy()).hexdigest()
+    digest = tensor_hash(base, name)
     yield Record(name, kind, info.dtype, info.shape, digest, len(part.indices), code)
 
 
@@ -156,7 +156,7 @@ def _whole(writer: DeltaWriter, base: Source, name: str, tensor: Tensor) -> Reco
         before = base.tensor(name)
         writer.append(name, "originals", before)
         shapes["originals"] = tuple(before.shape)
-        digest = hashlib.sha256(before.flatten().view(torch.uint8).numpy()).hexdigest()
+        digest = tensor_hash(base, name)
     size = tensor.numel()
     return Record(
         name, "dense", CODE[tensor.dtype], tuple(tensor.shape), digest, size, shapes=shapes

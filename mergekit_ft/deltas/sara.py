@@ -61,7 +61,7 @@ def _order(base: Source) -> list[str]:
         raise SourceError(f"{base.reference}: has no config.json, which tells SaRA's order")
     config = AutoConfig.from_pretrained(base.folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     found = [name for name, _ in model.named_parameters()]
     missing = [name for name in found if base.locate(name) is None]
     if missing:
