@@ -21,7 +21,7 @@ from mergekit_ft.sources.delta_file import DeltaFile
 
 FILE = "pytorch_diff.bin"
 KINDS = {"add": "diffs", "replace": "diffs", "dense": "abs"}
-SAFE = [type(np.int64(0)).__reduce__(np.int64(0))[0], np.dtype, np.dtypes.Int64DType]  # of numpy
+SAFE: list[Any] = [np.int64(0).__reduce__()[0], np.dtype, np.dtypes.Int64DType]  # of numpy
 
 
 def read(path: Path) -> Foreign:
