@@ -100,3 +100,11 @@ def test_a_report_and_a_picture_are_written_whole(tmp_path: Path) -> None:
     assert again.exit_code == 6 and "--overwrite replaces it" in again.stderr
     plan = ("probe", "sensitivity", "base", "maths", "chat", "--report", "s.html")
     assert cli(*plan).exit_code == 0 and "model.layers.*.mlp" in Path("s.html").read_text()
+
+
+def test_a_picture_of_nothing_and_an_idle_word_are_refused() -> None:
+    words = ("probe", "sensitivity", "base", "maths")
+    result = cli(*words, "--include", "model.norm.weight", "--plot", "p.svg")
+    assert result.exit_code == 6 and "there is nothing to draw" in result.stderr
+    result = cli(*words, "--overwrite")
+    assert result.exit_code == 2 and "is about the files of --report" in result.stderr

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_ft.cli import printing, settings
 from mergekit_ft.cli.group import DIFFERENT
+from mergekit_ft.cli.picturing import Pictures, pictures
 
 if TYPE_CHECKING:
     from mergekit_ft.inspection.diff import Diff, Line
@@ -33,12 +33,10 @@ TOP = 20  # tensors listed
     "--memory", type=settings.SIZE, default="1GiB", show_default=True, help="Bytes for blocks."
 )
 @click.option("--threads", type=click.IntRange(1), help="Workers; one a core, at most 8.")
-@click.option("--report", type=click.Path(), help="Write all of it as one HTML page.")
-@click.option("--plot", type=click.Path(), help="Draw the map of layers and modules: .png or .svg.")
+@pictures
 @click.option(
     "--measure", type=click.Choice(SORTS[:-1]), help="Drawn by --plot; else relative_norm."
 )
-@click.option("--overwrite", is_flag=True, help="Replace the files of --report and --plot.")
 @settings.offline
 @settings.allow_pickle
 @click.option("--quiet", is_flag=True, help="Print nothing: the exit code says it.")
@@ -67,53 +65,28 @@ def diff(
 
     idle = {"--sort": sort, "--top": top, "--plot": plot, "--measure": measure}
     _require_stats(asked["stats"], idle)
-    files = Files(report, plot, measure, overwrite)
+    if measure and not plot:
+        raise click.UsageError("--measure says what --plot draws; name its file")
+    files = Pictures(report, plot, overwrite)
     files.require_room()
     words = ("stats", "include", "exclude", "ignore")
     wanted = room.Asked(**{word: asked.pop(word) for word in words})
     with printing.watched(quiet or not wanted.stats) as progress:
         made = room.diff(a, b, wanted, progress=progress, **asked)
     ranked = room.ranked(made.lines, sort or "relative_norm")
-    files.write(made, ranked[:top])
+    if files:
+        _draw(files, made, ranked[:top], measure)
     if not quiet:
         _print(made, ranked, top, as_json)
     click.get_current_context().exit(DIFFERENT if made.different else 0)
 
 
-class Files(NamedTuple):
-    """The files that are asked for beside what is printed."""
+def _draw(files: Pictures, made: Diff, lines: list[Line], measure: str | None) -> None:
+    """Write the page and the chart that were asked for."""
+    from mergekit_ft.inspection import diff_page
 
-    report: str | None
-    plot: str | None
-    measure: str | None
-    overwrite: bool
-
-    def require_room(self) -> None:
-        """Refuse, before a weight is read, what could not be written or has no effect."""
-        from mergekit_ft.reports import require_matplotlib, require_room
-
-        if self.measure and not self.plot:
-            raise click.UsageError("--measure says what --plot draws; name its file")
-        if self.overwrite and not (self.report or self.plot):
-            raise click.UsageError("--overwrite is about the files of --report and --plot")
-        if self.report:
-            require_room(Path(self.report), overwrite=self.overwrite)
-        if self.plot:
-            require_matplotlib(Path(self.plot), overwrite=self.overwrite)
-
-    def write(self, made: Diff, lines: list[Line]) -> None:
-        """Write them."""
-        if not (self.report or self.plot):
-            return
-        from mergekit_ft.inspection import diff_page
-        from mergekit_ft.reports import draw, page, write
-
-        found = diff_page.report(made, lines)
-        if self.report:
-            write(Path(self.report), page(found), overwrite=self.overwrite)
-        if self.plot and made.lines:
-            part, name = diff_page.drawn(made, self.measure or "relative_norm")
-            draw(part, name, Path(self.plot), title=found.title, overwrite=self.overwrite)
+    part, name = diff_page.drawn(made, measure or "relative_norm")
+    files.write(diff_page.report(made, lines), part, name)
 
 
 def _require_stats(stats: bool, given: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_ft.cli import printing, settings
+from mergekit_ft.cli.picturing import Pictures, pictures
 
 if TYPE_CHECKING:
     from mergekit_ft.inspection.probing import Probed
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 @click.option("--exclude", multiple=True, help="Leave out tensors that match this glob.")
 @click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Rows shown.")
 @click.option("--write", type=click.Path(), help="Write the modules found to a file, one a line.")
-@click.option("--report", type=click.Path(), help="Write a page for a browser: OUT.html.")
-@click.option("--plot", type=click.Path(), help="Draw the map of layers: OUT.png or OUT.svg.")
-@click.option("--overwrite", is_flag=True, help="Replace what --report or --plot names.")
+@pictures
 @click.option(
     "--memory", type=settings.SIZE, default="1GiB", show_default=True, help="Bytes for tensors."
 )
@@ -49,7 +48,8 @@ def probe(
     """Look at MODELS, the base first, with the probe NAME (or by its YAML plan)."""
     from mergekit_ft.inspection import probing
 
-    _require_pictures(report, plot, overwrite)
+    files = Pictures(report, plot, overwrite)
+    files.require_room()
     parameters = dict(_pair(item) for item in given)
     if name.endswith((".yaml", ".yml")):
         if models:
@@ -60,37 +60,21 @@ def probe(
         found = probing.probe(name, models, parameters, progress=progress, **options)
     if write is not None:
         Path(write).write_text("".join(f"{module}\n" for module in found.modules))
-    _draw(found, report, plot, overwrite)
+    if files:
+        _draw(files, found)
     if as_json:
         printing.json_of(found.report())
     elif not quiet:
         printing.lines(_lines(found, top))
 
 
-def _require_pictures(report: str | None, plot: str | None, overwrite: bool) -> None:
-    """Refuse, before anything is read, pictures that could not be written."""
-    from mergekit_ft import reports
-
-    if plot is not None:
-        reports.require_matplotlib(Path(plot), overwrite=overwrite)
-    if report is not None:
-        reports.require_room(Path(report), overwrite=overwrite)
-
-
-def _draw(found: Probed, report: str | None, plot: str | None, overwrite: bool) -> None:
-    if report is None and plot is None:
-        return
-    from mergekit_ft import reports
+def _draw(files: Pictures, found: Probed) -> None:
+    """Write the page and the chart that were asked for."""
     from mergekit_ft.inspection import probe_report
 
-    if report is not None:
-        page = reports.page(probe_report.report(found))
-        reports.write(Path(report), page, overwrite=overwrite)
     mapped = probe_report.heat_map(found)
-    if plot is not None and mapped is not None:
-        title = f"{found.name}: {' -> '.join(found.models)}"
-        first = mapped.measures[0].name
-        reports.draw(mapped, first, Path(plot), title=title, overwrite=overwrite)
+    first = mapped.measures[0].name if mapped is not None else ""
+    files.write(probe_report.report(found), mapped, first)
 
 
 def _pair(item: str) -> tuple[str, Any]:

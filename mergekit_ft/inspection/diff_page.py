@@ -239,7 +239,7 @@ def _headers(made: Diff) -> Iterator[Part]:
         yield Notes("Notes", made.notes)
 
 
-def drawn(made: Diff, measure: str) -> tuple[HeatMap, str]:
+def drawn(made: Diff, measure: str) -> tuple[HeatMap | None, str]:
     """Return the heat map to draw, and the measure that it has by this name of the command's."""
     number = MEASURES.index(measure)
-    return next(heat_maps(made)), MEANINGS[number][0]
+    return next(heat_maps(made), None) if made.lines else None, MEANINGS[number][0]
