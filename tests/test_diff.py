@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +227,7 @@ def test_budget_and_threads_move_no_bit(tmp_path: Path) -> None:
     moved = {name: value * 1.001 for name, value in big.items()}
     a, b = model(tmp_path / "a", big), model(tmp_path / "b", moved)
     reports = []
-    for threads, memory in ((1, 2**30), (3, 2**30), (2, 2**24)):
+    for threads, memory in ((1, 2**30), (3, 2**30), (2, 2**25)):
         made = diff(a, b, Asked(stats=True), threads=threads, memory=memory)
         reports.append(json.dumps(room.report(made, room.ranked(made.lines, "largest"))))
     assert len(set(reports)) == 1
@@ -386,3 +388,28 @@ def test_a_map_sums_up_layers_and_families(tmp_path: Path) -> None:
     assert (relative[0], relative[3]) == (pytest.approx(whole), pytest.approx(last))
     turned = made.families()["model.layers", "norm", None]
     assert turned.turn == pytest.approx(1 - 24 / (12 * 56) ** 0.5)
+
+
+MEASURED = """
+import resource
+from mergekit_ft.inspection.diff import Asked, diff
+
+def highest():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+diff("a", "b", Asked(stats=True, include=("small",)), threads=2)
+before = highest()
+diff("a", "b", Asked(stats=True), threads=2, memory=32 * 2**20)
+print(highest() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_statistics_stay_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    large = torch.ones(3 * 2**22, dtype=torch.bfloat16)  # 24 MiB, 192 blocks of the least size
+    for name, value in (("a", large), ("b", 2 * large)):
+        model(tmp_path / name, {"large": value, "small": torch.ones(9)})
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 32 + 4  # MiB; stacks and heaps of the threads

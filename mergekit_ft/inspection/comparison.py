@@ -20,7 +20,7 @@ from mergekit_ft.options import Options, Progress
 from mergekit_ft.resolution import Ref
 from mergekit_ft.sources.dtypes import FLOATING
 
-EACH = 128  # bytes that an element of a block takes, at most
+EACH = 192  # bytes that an element of a block takes, at most
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,14 @@ def _block_size(options: Options) -> int:
 
 def _job(pair: Both, size: int, found: dict[str, Totals], watcher: Progress) -> Job:
     """Compare one tensor; its blocks may run side by side and in any order."""
-    parts: list[Apart | int] = []
-    lock = threading.Lock()
+    sums, lock = _Sums(pair), threading.Lock()
 
     def piece(span: Span) -> Piece:
         def run(station: Station) -> None:
             one, other = station.read(pair.a, span, 0), station.read(pair.b, span, 1)
             part = apart(one, other) if pair.floating else _unlike(one, other)
             with lock:
-                parts.append(part)
+                sums.add(part)
             watcher.advance(round(pair.nbytes * span.n / pair.numel))
 
         return run
@@ -156,7 +155,7 @@ def _job(pair: Both, size: int, found: dict[str, Totals], watcher: Progress) -> 
     yield [
         piece(Span(start, min(start + size, pair.numel))) for start in range(0, pair.numel, size)
     ]
-    found[pair.name] = _total(pair, parts)
+    found[pair.name] = sums.total()
 
 
 def _unlike(one: Tensor, other: Tensor) -> int:
@@ -164,19 +163,33 @@ def _unlike(one: Tensor, other: Tensor) -> int:
     return int(torch.count_nonzero(one != other))
 
 
-def _total(pair: Both, parts: Sequence[Apart | int]) -> Totals:
-    if not pair.floating:
-        return Totals(pair.numel, changed=sum(part for part in parts if isinstance(part, int)))
-    held = [part for part in parts if isinstance(part, Apart)]
-    rows = torch.cat([part.sums for part in held]) if held else torch.zeros(0, SUMS)
-    return Totals(
-        pair.numel,
-        pair.numel,
-        sum(part.finite for part in held),
-        sum(part.changed for part in held),
-        sum(part.agree for part in held),
-        tuple(math.fsum(column) for column in rows.T.tolist()),
-        max((part.largest for part in held), default=0.0),
-        sum((part.bins for part in held), np.zeros(BINS, np.int64)),
-        tuple(sum(column) for column in zip(*(part.odd for part in held), strict=True)) or (0,) * 4,
-    )
+class _Sums:
+    """What the blocks of one tensor come to.
+
+    Rows are kept as Python's floats: small arrays that outlive a block's large ones would lie
+    between them, and leave no hole of their size.
+    """
+
+    def __init__(self, pair: Both) -> None:
+        self._rows: list[list[float]] = []
+        self._totals = Totals(pair.numel, pair.numel if pair.floating else 0)
+
+    def add(self, part: Apart | int) -> None:
+        """Add a block: how far it is apart, or how many of its elements differ."""
+        held = self._totals
+        if isinstance(part, int):
+            held.changed += part
+            return
+        self._rows += part.sums.tolist()
+        held.finite += part.finite
+        held.changed += part.changed
+        held.agree += part.agree
+        held.largest = max(held.largest, part.largest)
+        held.bins += part.bins
+        held.odd = tuple(map(sum, zip(held.odd, part.odd, strict=True)))
+
+    def total(self) -> Totals:
+        """Return the totals; the rows are added so that their order does not matter."""
+        if self._rows:
+            self._totals.sums = tuple(map(math.fsum, zip(*self._rows, strict=True)))
+        return self._totals
