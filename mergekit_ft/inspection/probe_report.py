@@ -56,9 +56,9 @@ def _value(finding: Finding | None, name: str) -> float | None:
 
 
 def _summary(found: Probed) -> Iterator[str]:
-    for key, value in found.conclusion.items():
-        if not isinstance(value, list):
-            yield f"{key.replace('_', ' ').capitalize()}: {value}."
+    plain = {k: v for k, v in found.conclusion.items() if not isinstance(v, list)}
+    if plain:
+        yield "; ".join(f"{key.replace('_', ' ')}: {value:,}" for key, value in plain.items())
     yield f"{len(found.findings)} tensors were looked at, {found.left} were not."
 
 
