@@ -2,9 +2,9 @@
 
     python benchmarks/tuning.py BASE ROWS [--steps 4]
 
-BASE is a checkpoint, ROWS a JSONL file. Memory is anonymous, at its peak, beyond the interpreter with
-torch and transformers (Linux only): weights, gradients, optimizer state, activations, and whatever
-loading and writing take. Optimizer state is what a checkpoint to resume from holds, in bytes an entry.
+BASE is a checkpoint, ROWS a JSONL file. Memory is anonymous, at its peak, beyond the interpreter
+with torch (Linux only): weights, gradients, optimizer state, activations, and whatever loading and
+writing take.
 """
 
 from __future__ import annotations
