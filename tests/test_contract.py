@@ -32,7 +32,8 @@ from mergekit_ft.contract import (
 from mergekit_ft.deltas.extract import extract
 from mergekit_ft.layers import places
 from mergekit_ft.plan import read
-from mergekit_ft.plan.fields import REQUIRED, parameters_of
+from mergekit_ft.plan.fields import parameters_of
+from tests.cards import SECTIONS, section, shown, table
 from tests.checkpoints import tiny_llama
 from tests.merging import part_of, vectors
 
@@ -308,34 +309,6 @@ def test_a_device_that_is_forced_would_be_seen() -> None:
 
 
 # --- cards --------------------------------------------------------------------------------------
-
-SECTIONS = (
-    "What it computes",
-    "When to use it",
-    "Parameters",
-    "Paper to code",
-    "What differs",
-    "What we measured",
-    "Citation",
-)
-
-
-def section(name: str, title: str) -> str:
-    text = registry.card(name)
-    return re.split(r"^## ", text.split(f"\n## {title}\n", 1)[1], maxsplit=1, flags=re.M)[0]
-
-
-def table(name: str, title: str) -> list[list[str]]:
-    """Return the cells of a section's table, without its two head lines."""
-    lines = [line for line in section(name, title).splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def shown(default: Any) -> str:
-    """Return a default as a card shows it."""
-    if default is REQUIRED:
-        return "required"
-    return f"`{'none' if default is None else str(default).lower()}`"
 
 
 @pytest.mark.parametrize("name", NAMES)

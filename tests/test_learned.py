@@ -10,57 +10,33 @@ import pytest
 from safetensors.torch import load_file
 
 from mergekit_ft import registry
-from mergekit_ft.plan.fields import REQUIRED, parameters_of
+from mergekit_ft.plan.fields import parameters_of
 from mergekit_ft.plan.tuning import read_tune
 from mergekit_ft.tuning import tune
+from tests.cards import SECTIONS, section, shown, table
 from tests.tuned import ROWS, rows, small_base
 
 METHODS = Path(__file__).parents[1] / "methods"
 KINDS = {name: registry.kind(name) for name in registry.names()}
 LEARNED = [name for name, kind in KINDS.items() if kind in ("tuner", "objective")]
-SECTIONS = [
-    "What it computes",
-    "When to use it",
-    "Parameters",
-    "Paper to code",
-    "What differs",
-    "What we measured",
-    "Citation",
-]
-
-
-def section(name: str, title: str) -> str:
-    text = registry.card(name)
-    return re.split(r"^## ", text.split(f"\n## {title}\n", 1)[1], maxsplit=1, flags=re.M)[0]
-
-
-def cells(name: str, title: str) -> list[list[str]]:
-    lines = [line for line in section(name, title).splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def shown(default: Any) -> str:
-    if default is REQUIRED:
-        return "required"
-    return f"`{'none' if default is None else str(default).lower()}`"
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_card_says_what_the_method_is(name: str) -> None:
-    assert re.findall(r"^## (.+)$", registry.card(name), re.M) == SECTIONS
+    assert re.findall(r"^## (.+)$", registry.card(name), re.M) == list(SECTIONS)
     assert len(section(name, "What it computes").strip().splitlines()) <= 3
     assert re.search(r"```bibtex\n@\w+\{\w+,\n.*\n```", section(name, "Citation"), re.S)
     known = parameters_of(registry.of_kind(name, KINDS[name]))
-    listed = {row[0].strip("`"): row[3] for row in cells(name, "Parameters")}
+    listed = {row[0].strip("`"): row[3] for row in table(name, "Parameters")}
     assert listed == {word: shown(parameter.default) for word, parameter in known.items()}
-    assert all(row[1] and row[2] for row in cells(name, "Parameters"))
+    assert all(row[1] and row[2] for row in table(name, "Parameters"))
     assert all(parameter.description for parameter in known.values())
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_card_names_code_that_exists(name: str) -> None:
     module = __import__(f"mergekit_ft.methods.{name}.{name}", fromlist=[name])
-    for _, cell in cells(name, "Paper to code"):
+    for _, cell in table(name, "Paper to code"):
         for dotted in re.findall(r"`([\w.]+)`", cell):
             found: Any = module
             for word in dotted.split("."):
