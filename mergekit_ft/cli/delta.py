@@ -140,6 +140,12 @@ def unpack(
 @click.option("--to", type=click.Choice(FORMATS), required=True, help="What OUT becomes.")
 @click.option("--base", help="The model that the delta is of; needed --to delta.")
 @click.option("--exact", is_flag=True, help="Store what comes out, rounded, and what was there.")
+@click.option("--threshold", type=float, help="Of SaRA's training, where its file does not say.")
+@click.option(
+    "--order",
+    type=click.Path(exists=True, dir_okay=False),
+    help="For SaRA: a file of parameter names in the model's order, one a line.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is whole.")
 @settings.offline
 @settings.as_json
@@ -151,7 +157,9 @@ def convert(source: str, out: str, as_json: bool, **options: Any) -> None:
     if as_json:
         printing.json_of({**asdict(made), "out": str(made.out)})
     else:
-        printing.lines([f"{out}: {made.entries:,} entries, {made.tensors} tensors"])
+        told = f"{made.tensors} tensors, {made.entries:,} entries, {made.whole} whole"
+        notes = (f"note: {note}" for note in made.notes)
+        printing.lines([*notes, f"{out}: {told}; read again as it was meant"])
 
 
 @delta.command()

@@ -1,13 +1,18 @@
-"""Files of composable-sft (LT-SFT, Ansell et al. 2022): a folder with `pytorch_diff.bin`.
+"""composable-sft's `pytorch_diff.bin` (Ansell et al. 2022): differences of entries, whole tensors.
 
-{"diffs": {name: {"size", "index_steps", "values"}}, "abs": {name: tensor}}. Indices are flat and
-column-major (the first axis runs fastest), each as its step from the one before. The released
-decoder takes them apart rightly for one and two axes, wrongly for more; here any number is right.
+`diffs` maps a name to its size, to the steps between flat indices in which the FIRST axis runs
+fastest, and to what is added; `abs` maps a name to a whole tensor. The released decoder is wrong
+from three axes on, and overflows past 2**31 elements; the arithmetic here is
+
+    index_j = sum of the first j + 1 steps        coordinate_d = (index // prod(size[:d])) % size[d]
 """
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from math import prod
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +20,111 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_ft.deltas.foreign import Foreign, Sparse, refuse_kinds, sums, whole
+from mergekit_ft.deltas.moves import Move, added
+from mergekit_ft.deltas.unpickling import load
 from mergekit_ft.errors import SourceError
-from mergekit_ft.sources.delta_file import DeltaFile
 
 FILE = "pytorch_diff.bin"
-KINDS = {"add": "diffs", "replace": "diffs", "dense": "abs"}
-SAFE: list[Any] = [np.int64(0).__reduce__()[0], np.dtype, np.dtypes.Int64DType]  # of numpy
+KEYS = {"diffs", "abs"}
+ENCODED = {"size", "index_steps", "values"}
 
 
-def read(path: Path) -> Foreign:
-    """Return what a file holds; only tensors, numbers and texts are taken out of the pickle."""
+def read(path: Path) -> list[Move]:
+    """Return what a folder of composable-sft, or its file, does; row-major indices."""
     file = path / FILE if path.is_dir() else path
-    try:
-        with torch.serialization.safe_globals(SAFE):
-            held = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(f"{file}: cannot be read as composable-sft's: {told}") from None
-    if not isinstance(held, dict) or not {"diffs", "abs"} <= held.keys():
-        raise SourceError(f"{file}: has no `diffs` and `abs`: is it composable-sft's?")
-    found = Foreign(str(path))
-    for name, part in held["diffs"].items():
-        found.added[name] = _decoded(str(file), name, part)
-    found.whole = {name: tensor.contiguous() for name, tensor in held["abs"].items()}
+    held = load(file)
+    if not isinstance(held, dict) or not held.keys() <= KEYS or "diffs" not in held:
+        raise SourceError(
+            f"{file}: holds no `diffs` and `abs`, as composable-sft writes them"
+            + (": it is of an early version (`body`, `head`)" if _early(held) else "")
+        )
+    diffs, whole = held["diffs"], held.get("abs") or {}
+    if not isinstance(diffs, dict) or not isinstance(whole, dict):
+        raise SourceError(f"{file}: its `diffs` and `abs` are no maps from names")
+    both = sorted(diffs.keys() & whole.keys())
+    if both:
+        raise SourceError(f"{file}: {both[0]} has a difference and is whole as well")
+    moves = [_decoded(name, encoded, file) for name, encoded in diffs.items()]
+    return [*moves, *(_whole(name, tensor, file) for name, tensor in whole.items())]
+
+
+def _early(held: Any) -> bool:
+    return isinstance(held, dict) and "body" in held
+
+
+def _whole(name: str, tensor: Any, file: Path) -> Move:
+    if not isinstance(tensor, Tensor):
+        raise SourceError(f"{file}: {name} is no tensor")
+    return Move(name, "dense", tuple(tensor.shape), tensor.detach())
+
+
+def _decoded(name: str, encoded: Any, file: Path) -> Move:
+    if not isinstance(encoded, dict) or encoded.keys() != ENCODED:
+        raise SourceError(f"{file}: {name} lacks one of {', '.join(sorted(ENCODED))}")
+    size, values, steps = tuple(encoded["size"]), encoded["values"], encoded["index_steps"]
+    if not isinstance(steps, list) or not all(isinstance(n, (int, np.integer)) for n in steps):
+        raise SourceError(f"{file}: {name}: its steps are no whole numbers")
+    if not all(type(n) is int and n >= 0 for n in size):
+        raise SourceError(f"{file}: {name}: its size is no row of whole numbers")
+    if not isinstance(values, Tensor) or values.shape != (len(steps),):
+        raise SourceError(f"{file}: {name} has {len(steps)} indices, and not as many values")
+    if any(abs(int(step)) > prod(size) for step in steps):  # their sum stays below 2**63
+        raise SourceError(f"{file}: {name}: a place is outside its size {list(size)}")
+    flat = torch.from_numpy(np.cumsum(np.array(steps, dtype=np.int64)))
+    if len(flat) and (int(flat.min()) < 0 or int(flat.max()) >= prod(size)):
+        raise SourceError(f"{file}: {name}: a place is outside its size {list(size)}")
+    indices, order = torch.sort(row_major(flat, size))
+    return Move(name, "add", size, values.detach()[order], indices)
+
+
+def row_major(column_major: Tensor, size: Sequence[int]) -> Tensor:
+    """Return (n,) int64 flat indices, last axis fastest, of those with the first axis fastest."""
+    found = torch.zeros_like(column_major)
+    for length, stride in zip(size, accumulate((1, *size[:-1]), mul), strict=False):
+        found = found * length + (column_major // stride) % length
     return found
 
 
-def _decoded(file: str, name: str, part: Any) -> Sparse:
-    if not isinstance(part, dict) or not {"size", "index_steps", "values"} <= part.keys():
-        raise SourceError(f"{file}: {name} lacks size, index_steps or values")
-    size, values = tuple(part["size"]), part["values"]
-    flat = np.cumsum(np.asarray(part["index_steps"], dtype=np.int64))
-    if len(flat) != len(values):
-        raise SourceError(f"{file}: {name} has {len(flat)} places and {len(values)} values")
-    numel = int(np.prod(size, dtype=np.int64))
-    if len(flat) and (flat.min() < 0 or flat.max() >= numel):
-        raise SourceError(f"{file}: {name}: a place is outside its size {list(size)}")
-    rows = np.ravel_multi_index(np.unravel_index(flat, size, order="F"), size)
-    order = np.argsort(rows, kind="stable")
-    return Sparse(torch.from_numpy(rows[order].astype(np.int64)), values[torch.from_numpy(order)])
+def column_major(row: Tensor, size: Sequence[int]) -> Tensor:
+    """Return (n,) int64 flat indices, first axis fastest, of those with the last axis fastest."""
+    found, rest = torch.zeros_like(row), row
+    for d in range(len(size) - 1, -1, -1):
+        found += (rest % size[d]) * prod(size[:d])
+        rest = rest // size[d]
+    return found
 
 
-def write(delta: DeltaFile, out: Path) -> int:
-    """Write a delta as composable-sft's folder; return the entries of its diffs."""
-    refuse_kinds(delta, KINDS, "composable-sft")
-    diffs: dict[str, dict[str, Any]] = {}
-    for change, part in sums(delta):
-        columns = np.ravel_multi_index(
-            np.unravel_index(part.indices.numpy(), change.shape), change.shape, order="F"
+def _encoded(move: Move, values: Tensor) -> dict[str, Any]:
+    assert move.indices is not None
+    indices, order = torch.sort(column_major(move.indices, move.shape))
+    flat = indices.numpy()
+    steps: list[Any] = np.diff(flat, prepend=0).tolist()
+    if steps:
+        steps[0] = np.int64(steps[0])  # as the authors' encoder leaves it
+    return {"size": torch.Size(move.shape), "index_steps": steps, "values": values[order].clone()}
+
+
+def write(moves: Iterable[Move], folder: Path) -> tuple[list[Move], int]:
+    """Write moves into a folder; return them as they are there, and how many entries round."""
+    diffs, whole, written, inexact = {}, {}, [], 0
+    for move in moves:
+        if move.kind == "dense":
+            _require_shape(move)
+            whole[move.name] = move.values.clone()
+            written.append(Move(move.name, "dense", move.shape, move.values))
+            continue
+        values, beside = added(move)
+        inexact += beside
+        diffs[move.name] = _encoded(move, values)
+        written.append(Move(move.name, "add", move.shape, values, move.indices))
+    torch.save({"diffs": diffs, "abs": whole}, folder / FILE)
+    return written, inexact
+
+
+def _require_shape(move: Move) -> None:
+    if move.originals is not None and move.originals.shape != move.values.shape:
+        raise SourceError(
+            f"{move.name}: becomes {list(move.shape)} where the base has "
+            f"{list(move.originals.shape)}, and composable-sft copies into what is there: take the "
+            "base with the larger vocabulary, and extract against that"
         )
-        order = np.argsort(columns, kind="stable")
-        steps = np.diff(columns[order], prepend=0)
-        coded = [np.int64(steps[0]), *map(int, steps[1:])] if len(steps) else []
-        diffs[change.name] = {
-            "size": torch.Size(change.shape),
-            "index_steps": coded,
-            "values": part.values[torch.from_numpy(order)],
-        }
-    absolute: dict[str, Tensor] = dict(whole(delta))
-    out.mkdir(parents=True)
-    torch.save({"diffs": diffs, "abs": absolute}, out / FILE)
-    return sum(len(part["index_steps"]) for part in diffs.values())

@@ -21,13 +21,13 @@ from mergekit_ft.lora.folder import AdapterFolder
 from mergekit_ft.lora.others import Others
 from mergekit_ft.lora.pairs import Pair, Pairs
 from mergekit_ft.lora.selection import Selectors
-from mergekit_ft.lora.skeleton import skeleton
 from mergekit_ft.lora.words import by_number, config_words, task_type
 from mergekit_ft.options import Progress, Unwatched
 from mergekit_ft.sources import Source, adapted
 from mergekit_ft.sources.adapter import PREFIX
 from mergekit_ft.sources.adapter_config import NAME
 from mergekit_ft.sources.layout import listed
+from mergekit_ft.sources.skeleton import skeleton
 
 SKETCHED = 3072  # a shorter side from which on a sketch is quicker than the whole spectrum
 CPU = torch.device("cpu")

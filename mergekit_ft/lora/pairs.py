@@ -8,11 +8,11 @@ from functools import cached_property
 
 from mergekit_ft.errors import SourceError
 from mergekit_ft.layers import role_of
-from mergekit_ft.lora.skeleton import Kind, Skeleton
 from mergekit_ft.registry import nearest
 from mergekit_ft.sources import Source, TensorInfo
 from mergekit_ft.sources.dtypes import FLOATING
 from mergekit_ft.sources.layout import listed
+from mergekit_ft.sources.skeleton import Kind, Skeleton
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mergekit_ft.layers import role_of
-from mergekit_ft.sources import Source
 from mergekit_ft.sources.adapted import CONV1D, CONV1D_MODULES, rules
+from mergekit_ft.sources.source import Source
 
 Kind = Literal["linear", "conv1d", "other"]
 KINDS: Mapping[str, Kind] = {"Linear": "linear", "Conv1D": "conv1d"}
@@ -27,6 +27,7 @@ class Skeleton:
     tensors: frozenset[str]  # the model's own names, where it could be built
     transposed: bool = False  # by its type, such as GPT-2, its layers are Conv1D
     note: str = ""
+    parameters: tuple[str, ...] = ()  # in the model's own order, tied ones once
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
         """Return what the module is whose weight this is."""
@@ -61,7 +62,8 @@ def skeleton(source: Source) -> Skeleton:
         return Skeleton(_same, None, frozenset(), conv, note)
     kinds = {name: type(module).__name__ for name, module in built.named_modules()}
     tensors = frozenset(built.state_dict())
-    return Skeleton(_rule(source, tensors), kinds, tensors)
+    parameters = tuple(name for name, _ in built.named_parameters())
+    return Skeleton(_rule(source, tensors), kinds, tensors, parameters=parameters)
 
 
 def _built(source: Source) -> tuple[Any, str]:
