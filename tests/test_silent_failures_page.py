@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "silent-failures.md"
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
-ELSEWHERE = {20}  # about editing and searching
+ELSEWHERE = {20}  # about searching
 
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="needs a checkout")
 
