@@ -15,6 +15,7 @@ from mergekit_ft.sources.delta_file import Change, DeltaFile, open_delta
 from mergekit_ft.sources.dtypes import SIZE, TORCH
 
 RUN = 1 << 18  # entries at a time
+LONG = 200  # characters of what is told only under --json: a plan, curves
 
 
 def info(path: str) -> dict[str, Any]:
@@ -122,7 +123,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"task {task}: scale {scale:.6g}"
     yield "can be taken off exactly" if report["exact"] else "cannot be taken off exactly"
     for key, value in {**report["parameters"], **report["provenance"]}.items():
-        yield f"{key}: {value}"
+        if value not in (None, [], {}, "") and len(str(value)) < LONG:
+            yield f"{key.replace('_', ' ')}: {value}"
     yield ""
     width = max(len(tensor["name"]) for tensor in report["tensors"])
     for tensor in report["tensors"]:
