@@ -60,6 +60,7 @@ ROWS = {
     "model_stock": Row(),
     "nearswap": Row(shared="t: 0.001", tuned=1),
     "intruder_scaling": Row(tuned=1, bar=None, peer=False),  # decomposes every matrix
+    "sparse_compose": Row("weight: 0.5", peer=False),
     "consensus": Row("threshold: 0.4", "k: 2", peer=False),
     "sce": Row(shared="select_topk: 0.1", bar=MAGNITUDES),
     "arcee_fusion": Row(tuned=1, bar=MAGNITUDES),
