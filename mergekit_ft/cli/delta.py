@@ -9,6 +9,7 @@ import click
 
 from mergekit_ft.cli import printing, settings
 from mergekit_ft.cli.extracting import compose, extract
+from mergekit_ft.cli.packing import pack
 
 FORMATS = ("composable-sft", "shira", "sara", "delta")
 
@@ -20,6 +21,7 @@ def delta() -> None:
 
 delta.add_command(extract)
 delta.add_command(compose)
+delta.add_command(pack)
 
 
 def _writing(command: Any) -> Any:
@@ -79,58 +81,55 @@ def revert(tuned: str, file: str, out: str, quiet: bool, as_json: bool, **option
     _tell(result, quiet, as_json)
 
 
-@delta.command()
-@click.argument("base")
-@click.argument("tasks", nargs=-1, required=True, metavar="TASK=MODEL...")
-@click.argument("out")
-@click.option(
-    "--method",
-    type=click.Choice(["emr", "tall"]),
-    default="emr",
-    show_default=True,
-    help="EMR's elected vector, or the sum with TALL masks.",
+@delta.command(
+    epilog="Example: mergekit-ft delta unpack pack.safetensors maths ./maths-again --base ./base"
 )
-@click.option(
-    "--threshold", type=click.FloatRange(0), default=0.4, show_default=True, help="Of TALL masks."
-)
-@_writing
-def pack(
-    base: str, tasks: tuple[str, ...], out: str, quiet: bool, as_json: bool, **options: Any
-) -> None:
-    """Write tuned models as one pack: a vector, a bit an entry and a number for each."""
-    named = dict(task.partition("=")[::2] for task in tasks)
-    if not all(named.values()) or "" in named or len(named) < len(tasks):
-        raise click.UsageError("each task is written NAME=MODEL, under a name of its own")
-    options.pop("resume")
-    with printing.watched(quiet) as progress:
-        from mergekit_ft.deltas.packing import pack as run
-
-        made = run(base, named, out, progress=progress, **options)
-    if as_json:
-        printing.json_of({**asdict(made), "out": str(made.out)})
-    elif not quiet:
-        from mergekit_ft.inspection.tables import size
-
-        told = (f"{t}: scale {s:.6g}, {made.shares[t]:.1%} kept" for t, s in made.scales.items())
-        whole = f"the tuned tensors themselves take {size(made.dense)}"
-        printing.lines([*told, f"{out}: {size(made.nbytes)}; {whole}"])
-
-
-@delta.command()
 @click.argument("file")
 @click.argument("task")
 @click.argument("out")
-@click.option("--base", required=True, help="The model that the pack was made for.")
+@click.option("--base", help="The model that the pack was made for; needed for a model.")
 @_writing
 def unpack(
-    file: str, task: str, out: str, base: str, quiet: bool, as_json: bool, **options: Any
+    file: str, task: str, out: str, base: str | None, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Write the model of one TASK of the pack FILE to OUT."""
+    """Write the model of one TASK of the pack FILE to OUT.
+
+    Where OUT ends in .safetensors, write what the task adds, as a delta that can be composed.
+    """
+    if out.endswith(".safetensors"):
+        _unpack_delta(file, task, out, base, quiet, as_json, options)
+        return
+    if base is None:
+        raise click.UsageError("a model needs --base; a delta is a file that ends in .safetensors")
     with printing.watched(quiet) as progress:
-        from mergekit_ft.deltas.packing import unpack as run
+        from mergekit_ft.deltas.unpacking import unpack as run
 
         result = run(file, task, out, base=base, progress=progress, **options)
     _tell(result, quiet, as_json)
+
+
+def _unpack_delta(
+    file: str,
+    task: str,
+    out: str,
+    base: str | None,
+    quiet: bool,
+    as_json: bool,
+    options: Any,
+) -> None:
+    idle = [word for word in ("threads", "resume", "offline") if options[word]]
+    if base is not None or idle:
+        raise click.UsageError(
+            f"--{idle[0] if idle else 'base'} has no effect where OUT is a delta; a model is a "
+            "folder: name one"
+        )
+    from mergekit_ft.deltas.unpacking import unpack_delta as run
+
+    made = run(file, task, out, overwrite=options["overwrite"])
+    if as_json:
+        printing.json_of({**asdict(made), "out": str(made.out)})
+    elif not quiet:
+        printing.lines([f"{out}: {made.entries:,} entries, {made.tensors} tensors"])
 
 
 @delta.command()

@@ -16,47 +16,60 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mergekit_ft.algebra import unified
+from mergekit_ft.algebra.cells import added
+from mergekit_ft.blocks import SPARE_ROWS, USUAL, Crew, Job, Piece, Span, Station
 from mergekit_ft.contract import CELL
+from mergekit_ft.deltas.candidates import spans
+from mergekit_ft.deltas.tasks import Asked, Kind, Row, rows_of
 from mergekit_ft.deltas.writing import DeltaWriter, Record
-from mergekit_ft.engine import Result, merge
-from mergekit_ft.errors import OperatorError, PlanError, SourceError
+from mergekit_ft.errors import OperatorError, PlanError
 from mergekit_ft.options import Options, Progress, Unwatched
-from mergekit_ft.sources import Source, open_source
-from mergekit_ft.sources.dtypes import FLOATING, SIZE, TORCH
-from mergekit_ft.sources.layout import listed
-from mergekit_ft.sources.patched import tensor_hash
+from mergekit_ft.passes import finite
+from mergekit_ft.resolution.opening import open_model
+from mergekit_ft.sources import Source
+from mergekit_ft.sources.dtypes import SIZE, TORCH
+from mergekit_ft.sources.patched import HASHED, tensor_hash
 
-Kind = Literal["emr", "tall"]
+THRESHOLD = 0.4  # of TALL masks; ours, within the paper's 0.2 to 0.6
 
 
-@dataclass
+@dataclass(frozen=True)
 class Packed:
     """What a pack holds."""
 
     out: Path
     scales: dict[str, float]  # by task
-    shares: dict[str, float]  # of the entries that each task's mask keeps
+    shares: dict[str, float]  # of the entries of these tensors, that each task's mask keeps
     tensors: int
     nbytes: int
-    dense: int  # bytes that the tasks' models take beside the base
+    dense: int  # bytes that these tensors take in the tasks' models, in the base's dtypes
+    notes: list[str]
 
 
 @dataclass
-class _Sums:
-    """Sums over the model, of cells in order."""
+class Tally:
+    """What was seen of one tensor: sums over cells, and bits, by task."""
 
-    own: list[list[float]] = field(default_factory=list)  # by task: of |d_t|
-    kept: list[list[float]] = field(default_factory=list)  # by task: of |m_t d|
-    bits: list[int] = field(default_factory=list)
+    own: list[list[float]]  # of |d_t|
+    kept: list[list[float]]  # of |m_t d|
+    bits: list[int]
+
+    @classmethod
+    def of(cls, tasks: int) -> Tally:
+        """Return one of nothing."""
+        return cls([[] for _ in range(tasks)], [[] for _ in range(tasks)], [0] * tasks)
 
 
 def pack(
@@ -65,202 +78,226 @@ def pack(
     out: str | os.PathLike[str],
     *,
     method: Kind = "emr",
-    threshold: float = 0.4,
+    threshold: float | None = None,
+    exclude: Sequence[str] = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> Packed:
-    """Write the tuned models `tasks`, by name, as one pack of what they change in `base`."""
+    """Write the tuned models `tasks`, by name, as one pack of what they change in `base`.
+
+    Neither memory nor threads move a byte. Raises `MergekitError` and leaves no `out` behind.
+    """
     if not tasks:
         raise PlanError("a pack needs at least one TASK=MODEL")
+    if threshold is not None and method != "tall":
+        raise PlanError(f"threshold has no effect with {method}; it is of TALL masks")
     chosen, watcher = Options(**options), progress or Unwatched()
     opening: dict[str, Any] = {"offline": chosen.offline, "allow_pickle": chosen.allow_pickle}
-    sources = [open_source(path, **opening) for path in (base, *tasks.values())]
-    try:
-        with DeltaWriter(Path(out), overwrite=chosen.overwrite) as writer:
-            made = _Packing(sources[0], dict(zip(tasks, sources[1:], strict=True)), writer)
-            return made.run(method, threshold, chosen, watcher)
-    finally:
-        watcher.close()
-        for source in sources:
-            source.close()
+    with ExitStack() as held:
+        held.callback(watcher.close)
+        first, *others = (
+            held.enter_context(open_model(words, **opening)) for words in (base, *tasks.values())
+        )
+        limit = THRESHOLD if threshold is None else threshold
+        asked = Asked(method, limit, tuple(exclude), dict(zip(tasks, others, strict=True)))
+        rows = list(rows_of(first, asked))
+        writer = held.enter_context(DeltaWriter(Path(out), overwrite=chosen.overwrite))
+        return _Packing(first, asked, rows, writer, chosen, watcher).run()
 
 
 class _Packing:
     """One pack under way."""
 
-    def __init__(self, base: Source, tuned: Mapping[str, Source], writer: DeltaWriter) -> None:
-        self.base, self.tuned, self.writer = base, tuned, writer
-        count = len(tuned)
-        self.sums = _Sums([[] for _ in tuned], [[] for _ in tuned], [0] * count)
+    def __init__(
+        self,
+        base: Source,
+        asked: Asked,
+        rows: Sequence[Row],
+        writer: DeltaWriter,
+        options: Options,
+        watcher: Progress,
+    ) -> None:
+        self.base, self.asked, self.rows, self.writer = base, asked, rows, writer
+        self.options, self.watcher = options, watcher
+        self.tasks = list(asked.tuned)
+        self.tallies: dict[str, Tally] = {}  # by tensor
         self.records: list[Record] = []
+        self._lock = threading.Lock()
 
-    def run(self, method: Kind, threshold: float, options: Options, watcher: Progress) -> Packed:
-        names = list(self._names())
-        each = sum(self.base[name].nbytes for name in names)
-        watcher.start(each * (1 + len(self.tuned)), f"packing {self.writer.path}")
-        width = 8 * (4 + len(self.tuned))  # bytes an element, at most
-        size = max(CELL, min(4 * CELL, options.memory // width // CELL * CELL))
-        for name in names:
-            self._tensor(name, method, threshold, size, watcher)
+    def run(self) -> Packed:
+        """Make every tensor's vector and masks, and write the file."""
+        size = self._size()
+        moved = sum(ref.info.nbytes for row in self.rows for ref in (row.base, *row.tuned))
+        self.watcher.start(moved, f"packing {self.writer.path}")
+        crew = Crew(self.options.workers, torch.device("cpu"))
+        crew.run(self._job(row, size) for row in self.rows)
         if not self.records:
             raise OperatorError(f"nothing changed: every model equals {self.base.reference}")
-        return self._commit(method, threshold)
+        return self._commit()
 
-    def _names(self) -> Iterator[str]:
-        """Yield the tensors that are packed; what cannot be is told at once."""
-        faults = []
-        for name, info in self.base.items():
-            if self.base.ties.get(name) in self.base:
-                continue
-            odd = [source for source in self.tuned.values() if not _like(source, name, info)]
-            faults += [f"{source.reference}: {name} is not what the base has" for source in odd]
-            if info.dtype in FLOATING:
-                yield name
-            else:
-                differ = (
-                    [
-                        s
-                        for s in self.tuned.values()
-                        if tensor_hash(s, s.locate(name) or name) != tensor_hash(self.base, name)
-                    ]
-                    if not odd
-                    else []
-                )
-                faults += [f"{s.reference}: {name} ({info.dtype}) differs" for s in differ]
-        for source in self.tuned.values():
-            more = [name for name in source if self.base.locate(name) is None]
-            if more:
-                faults.append(
-                    f"{source.reference}: has tensors that the base has not: {listed(more)}"
-                )
-        if faults:
-            raise SourceError("\n".join(faults[:10]) + "\na pack is of models of the base's shape")
-
-    def _tensor(
-        self, name: str, method: Kind, threshold: float, size: int, watcher: Progress
-    ) -> None:
-        info = self.base[name]
-        dtype = torch.float64 if info.dtype == "F64" else torch.float32
-        changed = False
-        for start in range(0, info.numel, size):
-            count = min(size, info.numel - start)
-            base = _run(self.base, name, start, count).to(dtype)
-            deltas = torch.stack(
-                [
-                    _run(source, source.locate(name) or name, start, count).to(dtype) - base
-                    for source in self.tuned.values()
-                ]
+    def _size(self) -> int:
+        """Return the elements of a block: whole cells, so that all workers stay in the budget."""
+        threads, memory = self.options.workers, self.options.memory
+        width = max((row.dtype.itemsize for row in self.rows), default=4)
+        cell = (1 + len(self.tasks) + unified.ROWS + SPARE_ROWS) * width * CELL
+        cell += len(self.tasks) * CELL // 8
+        sources = (self.base, *self.asked.tuned.values())
+        beside = HASHED + max(source.reader.overhead for source in sources)
+        if threads * (cell + beside) > memory:
+            raise OperatorError(
+                f"{threads} threads over {len(self.tasks)} models need at least "
+                f"{threads * (cell + beside):,} bytes of memory, more than the {memory:,} given; "
+                "raise --memory or lower --threads"
             )
-            self._require_finite(name, deltas)
-            changed |= bool(deltas.any())
-            unified, masks = _emr(deltas) if method == "emr" else _tall(deltas, threshold)
-            stored = unified.to(TORCH[info.dtype])
-            self._measure(deltas, stored.to(dtype), masks)
-            self.writer.append(name, "unified", stored)
-            for task, mask in enumerate(masks):
-                packed = np.packbits(mask.numpy(), bitorder="little")
-                self.writer.append(name, f"masks {task}", torch.from_numpy(packed))
-            watcher.advance(count * SIZE[info.dtype] * (1 + len(deltas)))
-        rows = [f"masks {task}" for task in range(len(self.tuned))]
-        if not info.numel or not changed:
-            self.writer.drop(name, ["unified", *rows])
-            return
-        self.writer.join(name, "masks", rows)
-        shapes = {"masks": (len(rows), (info.numel + 7) // 8)}
-        digest = tensor_hash(self.base, name)
-        self.records.append(
-            Record(name, "mask", info.dtype, info.shape, digest, info.numel, shapes=shapes)
-        )
+        return min(USUAL, (memory // threads - beside) // cell * CELL)
 
-    def _require_finite(self, name: str, deltas: Tensor) -> None:
-        for source, delta in zip(self.tuned.values(), deltas, strict=True):
-            if not bool(delta.isfinite().all()):
+    # ---- one tensor
+
+    def _job(self, row: Row, size: int) -> Job:
+        """Make one tensor's vector and masks, block by block, and hash the base's."""
+        tally, digest = Tally.of(len(self.tasks)), list[str]()
+        blocks = list(spans(row.base.info.numel, size))
+
+        def hashing(station: Station) -> None:
+            digest.append(tensor_hash(self.base, row.base.name))
+
+        yield [*(self._piece(row, i, span, tally) for i, span in enumerate(blocks)), hashing]
+        with self._lock:
+            self._settle(row, len(blocks), tally, digest[0])
+
+    def _piece(self, row: Row, number: int, span: Span, tally: Tally) -> Piece:
+        def make(station: Station) -> None:
+            deltas, scratch = self._deltas(row, span, station)
+            own = [added(torch.abs(delta, out=scratch[0])).tolist() for delta in deltas]
+            vector = self._unified(deltas, scratch)
+            stored = station.stage(2, span.n, TORCH[row.base.info.dtype]).copy_(vector)
+            self._require_fits(row, stored)
+            sizes = scratch[0].copy_(stored).abs_()
+            kept = [added(torch.mul(sizes, m, out=scratch[1])).tolist() for m in deltas]
+            masks = [_bits(mask) for mask in deltas]
+            with self._lock:
+                self._append(row, number, stored, [bits for bits, _ in masks])
+                for task, (_, ones) in enumerate(masks):
+                    tally.own[task] += own[task]
+                    tally.kept[task] += kept[task]
+                    tally.bits[task] += ones
+
+        return make
+
+    def _deltas(self, row: Row, span: Span, station: Station) -> tuple[Tensor, Tensor]:
+        """Return (T, n) the task vectors, and the rows of scratch."""
+        frame = station.frame(len(self.tasks), unified.ROWS, span.n, row.dtype)
+        frame.base.copy_(station.read(row.base, span, 0))
+        for delta, ref in zip(frame.models, row.tuned, strict=True):
+            delta.copy_(station.read(ref, span, 1)).sub_(frame.base)
+            if not finite(delta):
                 raise OperatorError(
-                    f"{source.reference} or {self.base.reference}: {name} holds NaN or Inf; repair "
-                    "the checkpoint"
+                    f"{ref.source.reference} or {self.base.reference}: {row.pair.name} holds NaN "
+                    "or Inf; repair the checkpoint"
                 )
+            self.watcher.advance(span.n * SIZE[ref.info.dtype])
+        self.watcher.advance(span.n * SIZE[row.base.info.dtype])
+        return frame.tuned, frame.scratch
 
-    def _measure(self, deltas: Tensor, unified: Tensor, masks: Tensor) -> None:
-        for task, (delta, mask) in enumerate(zip(deltas, masks, strict=True)):
-            self.sums.bits[task] += int(mask.sum())
-            for own, kept in zip(
-                delta.abs().split(CELL), (unified.abs() * mask).split(CELL), strict=True
-            ):
-                self.sums.own[task].append(float(own.double().sum()))
-                self.sums.kept[task].append(float(kept.double().sum()))
+    def _unified(self, deltas: Tensor, scratch: Tensor) -> Tensor:
+        """Return (n,) the vector; the task vectors become their masks."""
+        if self.asked.method == "emr":
+            return unified.elected(deltas, scratch)
+        return unified.needed(deltas, [self.asked.threshold] * len(deltas), scratch)
 
-    def _commit(self, method: Kind, threshold: float) -> Packed:
-        tasks = list(self.tuned)
-        scales = [1.0] * len(tasks)
-        if method == "emr":
-            pairs = zip(self.sums.own, self.sums.kept, strict=True)
-            scales = [_ratio(math.fsum(own), math.fsum(kept)) for own, kept in pairs]
-        numel = sum(math.prod(record.shape) for record in self.records)
+    def _require_fits(self, row: Row, stored: Tensor) -> None:
+        if not finite(stored):
+            raise OperatorError(
+                f"{row.pair.name}: what its tasks change is too large for {row.base.info.dtype}"
+            )
+
+    def _append(self, row: Row, number: int, stored: Tensor, masks: Sequence[Tensor]) -> None:
+        """Spool one block's parts; they are put in order when the tensor is whole."""
+        for name in row.names:
+            self.writer.append(name, f"unified {number}", stored)
+            for task, bits in enumerate(masks):
+                self.writer.append(name, f"masks {task} {number}", bits)
+
+    def _settle(self, row: Row, blocks: int, tally: Tally, digest: str) -> None:
+        """Make each part of a tensor one, or leave the tensor out where nothing changed."""
+        vector = [f"unified {i}" for i in range(blocks)]
+        masks = [f"masks {task} {i}" for task in range(len(self.tasks)) for i in range(blocks)]
+        info = row.base.info
+        shapes = {"masks": (len(self.tasks), (info.numel + 7) // 8)}
+        changed = any(any(cells) for cells in tally.own)
+        for name in row.names:
+            if not changed:
+                self.writer.drop(name, [*vector, *masks])
+                continue
+            self.writer.join(name, "unified", vector)
+            self.writer.join(name, "masks", masks)
+            known = (name, "mask", info.dtype, info.shape, digest, info.numel)
+            self.records.append(Record(*known, shapes=shapes))
+        if changed:
+            self.tallies[row.pair.name] = _added_up(tally)
+
+    # ---- the file
+
+    def _commit(self) -> Packed:
+        scales = dict(zip(self.tasks, self._scales(), strict=True))
         words = {
             "base": _identity(self.base),
-            "method": method,
-            "parameters": {"threshold": threshold} if method == "tall" else {},
+            "method": self.asked.method,
+            "parameters": self._parameters(),
             "density": None,
             "seed": None,
-            "provenance": {"tuned": {t: _identity(s) for t, s in self.tuned.items()}},
-            "tasks": tasks,
-            "scales": scales,
+            "provenance": {"tuned": {t: _identity(s) for t, s in self.asked.tuned.items()}},
+            "tasks": self.tasks,
+            "scales": list(scales.values()),
         }
         self.writer.commit(words, self.records)
-        width = sum(math.prod(r.shape) * SIZE[r.dtype] for r in self.records)
+        infos = [self.base[name] for name in self.tallies]
+        numel = sum(info.numel for info in infos)
+        bits = [sum(t.bits[i] for t in self.tallies.values()) for i in range(len(self.tasks))]
         return Packed(
-            self.writer.path,
-            dict(zip(tasks, scales, strict=True)),
-            {t: bits / numel for t, bits in zip(tasks, self.sums.bits, strict=True)},
-            len(self.records),
-            self.writer.path.stat().st_size,
-            width * len(tasks),
+            out=self.writer.path,
+            scales=scales,
+            shares={task: held / numel for task, held in zip(self.tasks, bits, strict=True)},
+            tensors=len(self.records),
+            nbytes=self.writer.path.stat().st_size,
+            dense=len(self.tasks) * sum(info.nbytes for info in infos),
+            notes=[note for s in (self.base, *self.asked.tuned.values()) for note in s.notes],
         )
 
+    def _parameters(self) -> dict[str, Any]:
+        """Return what the file says of how it was made."""
+        exclude = {"exclude": list(self.asked.exclude)} if self.asked.exclude else {}
+        return exclude | (
+            {"threshold": self.asked.threshold} if self.asked.method == "tall" else {}
+        )
 
-def unpack(
-    file: str,
-    task: str,
-    out: str | os.PathLike[str],
-    *,
-    base: str,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Result:
-    """Write the model of one of a pack's tasks: base + rho_t m_t d, rounded once."""
-    entry = {"model": base, "delta": {"path": file, "task": task}}
-    plan = {"merge_method": "passthrough", "models": [entry]}
-    return merge(plan, out, progress=progress, **options)
-
-
-def _like(source: Source, name: str, info: Any) -> bool:
-    held = source.locate(name)
-    return held is not None and source[held].shape == info.shape
-
-
-def _emr(deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (n,) the elected vector and (T, n) the masks."""
-    sign = torch.where(deltas.sum(0) > 0, 1.0, -1.0).to(deltas.dtype)
-    masks = deltas * sign > 0
-    return sign * (deltas.abs() * masks).amax(0), masks
+    def _scales(self) -> Iterator[float]:
+        """Yield rho of each task; one that changes nothing keeps the base."""
+        tallies = [self.tallies[key] for key in sorted(self.tallies)]
+        for task, name in enumerate(self.tasks):
+            own = math.fsum(cell for tally in tallies for cell in tally.own[task])
+            kept = math.fsum(cell for tally in tallies for cell in tally.kept[task])
+            if own and not kept:
+                raise OperatorError(
+                    f"{name}: nothing of what it changes is in the vector, so that its model would "
+                    "be the base; leave it out, or pack it alone"
+                )
+            scale = 1.0 if self.asked.method == "tall" else own / kept if kept else 0.0
+            if not math.isfinite(scale):
+                raise OperatorError(f"{name}: its scale is {scale}: its changes are too large")
+            yield scale
 
 
-def _tall(deltas: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return (n,) the sum of the task vectors and (T, n) what each needs of it."""
-    total = deltas.sum(0)
-    return total, deltas.abs() > threshold * (total - deltas).abs()
+def _bits(mask: Tensor) -> tuple[Tensor, int]:
+    """Return (n / 8,) bytes of ones and zeros, the lowest bit first, and how many are ones."""
+    ones = mask.to(torch.bool).numpy()
+    return torch.from_numpy(np.packbits(ones, bitorder="little")), int(np.count_nonzero(ones))
 
 
-def _ratio(own: float, kept: float) -> float:
-    """Return rho; a task that changes nothing keeps the base."""
-    return own / kept if kept else 0.0
-
-
-def _run(source: Source, name: str, start: int, count: int) -> Tensor:
-    width = SIZE[source[name].dtype]
-    data = bytearray(count * width)
-    source.read_into(name, start * width, memoryview(data))
-    return torch.frombuffer(data, dtype=TORCH[source[name].dtype])
+def _added_up(tally: Tally) -> Tally:
+    """Return sums over the tensor instead of its cells; both are exactly rounded."""
+    own = [[math.fsum(cells)] for cells in tally.own]
+    return Tally(own, [[math.fsum(cells)] for cells in tally.kept], tally.bits)
 
 
 def _identity(source: Source) -> dict[str, str | None]:

@@ -13,6 +13,7 @@ from mergekit_ft.inspection.tables import size
 from mergekit_ft.sources.delta_entries import Entries
 from mergekit_ft.sources.delta_file import Change, DeltaFile, open_delta
 from mergekit_ft.sources.dtypes import SIZE, TORCH
+from mergekit_ft.sources.masked import Mask
 
 RUN = 1 << 18  # entries at a time
 LONG = 200  # characters of what is told only under --json: a plan, curves
@@ -23,10 +24,12 @@ def info(path: str) -> dict[str, Any]:
     delta = open_delta(Path(path).expanduser(), path)
     try:
         tensors = [_tensor(delta, change) for change in delta.changes.values()]
+        shares = _shares(delta)
     finally:
         delta.close()
     numel = sum(change.numel for change in delta.changes.values())
     dense = sum(change.numel * SIZE[change.dtype] for change in delta.changes.values())
+    dense *= max(1, len(delta.tasks))  # each task of a pack has a model
     entries = sum(change.entries for change in delta.changes.values())
     words = delta.words
     return {
@@ -38,6 +41,7 @@ def info(path: str) -> dict[str, Any]:
         "seed": words["seed"],
         "provenance": words["provenance"],
         "tasks": dict(zip(delta.tasks, words.get("scales", ()), strict=True)),
+        "shares": shares,
         "kinds": _counts(change.kind for change in delta.changes.values()),
         "tensors": tensors,
         "entries": entries,
@@ -68,6 +72,23 @@ def _tensor(delta: DeltaFile, change: Change) -> dict[str, Any]:
         "sha256": change.sha256,
         "norm": _norm(delta, change),
     }
+
+
+def _shares(delta: DeltaFile) -> dict[str, float]:
+    """Return, by task of a pack, the share of the entries that its masks keep."""
+    packed = [change for change in delta.changes.values() if change.kind == "mask"]
+    numel = sum(change.numel for change in packed)
+    found = {}
+    for task in delta.tasks:
+        masks = [(Mask(delta, change, task), change.numel) for change in packed]
+        ones = sum(_ones(mask, held) for mask, held in masks)
+        found[task] = ones / numel if numel else 0.0
+    return found
+
+
+def _ones(mask: Mask, numel: int) -> int:
+    runs = ((start, min(RUN, numel - start)) for start in range(0, numel, RUN))
+    return sum(int(torch.count_nonzero(mask.bits(*run))) for run in runs)
 
 
 def _norm(delta: DeltaFile, change: Change) -> float | None:
@@ -116,11 +137,12 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"{report['entries']:,} entries, {report['share']:.4%} of these tensors"
     times = report["dense_bytes"] / report["bytes"]
     whole = size(report["dense_bytes"])
-    yield f"{size(report['bytes'])}; these tensors whole take {whole}, {times:.1f} x as much"
+    what = "the tasks' own tensors" if report["tasks"] else "these tensors whole"
+    yield f"{size(report['bytes'])}; {what} take {whole}, {times:.2f} x as much"
     if report["norm"]:
         yield f"norm of what is added: {report['norm']:.6g}"
     for task, scale in report["tasks"].items():
-        yield f"task {task}: scale {scale:.6g}"
+        yield f"task {task}: scale {scale:.6g}, {report['shares'][task]:.1%} kept"
     yield "can be taken off exactly" if report["exact"] else "cannot be taken off exactly"
     for key, value in {**report["parameters"], **report["provenance"]}.items():
         if value not in (None, [], {}, "") and len(str(value)) < LONG:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class _Part:
 
     dtype: str
     numel: int = 0
-    runs: list[tuple[int, int]] = field(default_factory=list)  # (start, bytes) in the spool
+    runs: array[int] = field(default_factory=lambda: array("Q"))  # start, bytes, start, bytes, ...
 
 
 class DeltaWriter:
@@ -110,7 +111,7 @@ class DeltaWriter:
         if not flat.numel():
             return
         try:
-            held.runs.append((spool.tell(), spool.write(view_of(flat))))
+            held.runs.extend((spool.tell(), spool.write(view_of(flat))))
         except OSError as error:
             raise self._failure(error) from error
         held.numel += flat.numel()
@@ -118,7 +119,9 @@ class DeltaWriter:
     def join(self, name: str, part: str, others: Sequence[str]) -> None:
         """Make one part of several, one after the other: rows that were made side by side."""
         joined = [self._parts.pop((name, other)) for other in others]
-        runs = [run for held in joined for run in held.runs]
+        runs = array("Q")
+        for held in joined:
+            runs.extend(held.runs)
         self._parts[name, part] = _Part(joined[0].dtype, sum(h.numel for h in joined), runs)
 
     def drop(self, name: str, parts: Sequence[str]) -> None:
@@ -164,7 +167,7 @@ class DeltaWriter:
 
     def _copy(self, part: _Part, out: BinaryIO) -> None:
         spool = self._open_spool()
-        for start, nbytes in part.runs:
+        for start, nbytes in zip(part.runs[::2], part.runs[1::2], strict=True):
             spool.seek(start)
             for done in range(0, nbytes, COPIED):
                 out.write(spool.read(min(COPIED, nbytes - done)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -126,8 +127,7 @@ def open_delta(path: Path, reference: str | None = None) -> DeltaFile:
     if infos:
         faults.add(f"{len(infos)} of its tensors have no record: {listed(list(infos))}")
     tasks = tuple(words.get("tasks", ()))
-    for change in changes.values():
-        _require_masks(change, len(tasks), faults)
+    _require_tasks(changes, tasks, faults)
     faults.raise_any()
     return DeltaFile(named, path, words, changes, FileReader((file,)), file, tasks)
 
@@ -186,7 +186,12 @@ def _texts(values: Any) -> bool:
 
 
 def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    return isinstance(values, list) and all(map(_is_number, values))
+
+
+def _is_number(value: Any) -> bool:
+    """Say whether a value is a finite number; Python's JSON takes NaN, and integers of any size."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _claimed(name: str, infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -244,7 +249,7 @@ def _of_record(record: Any) -> Iterator[str]:
     sha256 = record["sha256"]
     if sha256 is not None and not (isinstance(sha256, str) and HEXADECIMAL.fullmatch(sha256)):
         yield "its sha256 is no SHA-256 in hexadecimal"
-    if type(record["scale"]) not in (int, float):
+    if not _is_number(record["scale"]):
         yield "its scale is no number"
 
 
@@ -295,17 +300,28 @@ def _of_mask(change: Change) -> Iterator[str]:
         yield f"its unified vector is {unified.dtype} {list(unified.shape)}"
     if masks.dtype != "U8" or len(masks.shape) != 2:
         yield f"its masks are {masks.dtype} {list(masks.shape)}, not rows of bytes"
+    if change.dtype not in FLOATING:
+        yield f"a vector of {unified.dtype} cannot be added to {change.dtype}"
+    if change.entries != change.numel:
+        yield f"{change.entries} entries are recorded, and its masks are of {change.numel}"
+    if change.sha256 is None:
+        yield "its tasks change it, and the SHA-256 of the base tensor is not recorded"
 
 
-def _require_masks(change: Change, tasks: int, faults: _Faults) -> None:
-    if change.kind != "mask":
+def _require_tasks(changes: Mapping[str, Change], tasks: Sequence[str], faults: _Faults) -> None:
+    """Tell where tasks and masks do not agree: each has the other, a row of bits for each task."""
+    packed = [change for change in changes.values() if change.kind == "mask"]
+    if bool(packed) != bool(tasks):
+        have = "it has masks, and names no tasks" if packed else "it names tasks, and has no masks"
+        faults.add(have)
         return
-    wanted = (tasks, (change.numel + 7) // 8)
-    if change.parts["masks"].shape != wanted:
-        faults.add(
-            f"{change.name}: masks of shape {list(change.parts['masks'].shape)}, where {tasks} "
-            f"tasks of {change.numel} bits need {list(wanted)}"
-        )
+    for change in packed:
+        wanted, found = (len(tasks), (change.numel + 7) // 8), change.parts["masks"].shape
+        if found != wanted:
+            faults.add(
+                f"{change.name}: masks of shape {list(found)}, where {len(tasks)} tasks of "
+                f"{change.numel} bits need {list(wanted)}"
+            )
 
 
 def _alike(change: Change, words: Iterable[str], shape: tuple[int, ...]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from mergekit_ft.sources.dtypes import SIZE, TORCH
 from mergekit_ft.sources.header import TensorInfo
 from mergekit_ft.sources.layout import listed
 from mergekit_ft.sources.low_rank import LowRank, Product, Saved, Stored, add
-from mergekit_ft.sources.masked import Masked
+from mergekit_ft.sources.masked import Mask, Masked
 from mergekit_ft.sources.source import Source
 from mergekit_ft.sources.tiles import (
     ComputedReader,
@@ -119,7 +119,7 @@ class _Landing:
 
     def _require_scale(self) -> None:
         kinds = {change.kind: change.name for change in self.delta.changes.values()}
-        self._require_task()
+        require_task(self.delta, self.task, self.reference)
         exact = next((name for kind, name in kinds.items() if kind in EXACT), None)
         if self.scale != 1.0 and exact is not None:
             raise SourceError(
@@ -131,21 +131,6 @@ class _Landing:
             raise SourceError(
                 f"{self.reference}: {listed(loose)} cannot be taken off exactly: what was there "
                 "before is not in the delta; take the base itself"
-            )
-
-    def _require_task(self) -> None:
-        """Refuse a pack without one of its tasks, and a task of what is no pack."""
-        tasks = self.delta.tasks
-        listed_tasks = f"(tasks: {', '.join(tasks)})"
-        if tasks and self.task is None:
-            raise SourceError(
-                f"{self.reference}: is a pack of {len(tasks)} tasks: name one, "
-                f"`delta: {{path: {self.delta.reference}, task: {tasks[0]}}}` {listed_tasks}"
-            )
-        if self.task is not None and self.task not in tasks:
-            hint = did_you_mean(self.task, tasks) if tasks else ": it is no pack"
-            raise SourceError(
-                f"{self.delta.reference}: has no task '{self.task}'{hint} {listed_tasks}"
             )
 
     # ---- put on, taken off
@@ -168,9 +153,8 @@ class _Landing:
             entries = Entries(self.delta, change)
             self.recipes[name] = _Added(stored, entries, self.scale, TORCH[wide])
         elif change.kind == "mask":
-            number = self.delta.tasks.index(str(self.task))
-            scale = self.scale * self.delta.words["scales"][number]
-            self.recipes[name] = Masked(stored, self.delta, change, number, scale, TORCH[wide])
+            mask = Mask(self.delta, change, str(self.task))
+            self.recipes[name] = Masked(stored, mask, self.scale, TORCH[wide])
         else:
             a, b = (Stored(self.delta.reader, change.parts[part]) for part in ("a", "b"))
             scale = self.scale * change.scale
@@ -260,6 +244,23 @@ def tensor_hash(source: Source, name: str) -> str:
         source.read_into(name, start, part)
         sha.update(part)
     return sha.hexdigest()
+
+
+def require_task(delta: DeltaFile, task: str | None, where: str) -> None:
+    """Refuse a pack without one of its tasks, and a task of what is no pack."""
+    tasks = delta.tasks
+    named = f"(tasks: {', '.join(tasks)})"
+    if tasks and task is None:
+        raise SourceError(
+            f"{where}: is a pack of {len(tasks)} tasks: name one, "
+            f"`delta: {{path: {delta.reference}, task: {tasks[0]}}}` {named}"
+        )
+    if task is not None and not tasks:
+        raise SourceError(f"{delta.reference}: is no pack, so it has no task '{task}'")
+    if task is not None and task not in tasks:
+        raise SourceError(
+            f"{delta.reference}: has no task '{task}'{did_you_mean(task, tasks)} {named}"
+        )
 
 
 def require_base(base: Source, change: Change, delta: DeltaFile) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mergekit_ft.algebra import selection
@@ -32,6 +32,7 @@ from mergekit_ft.contract import (
 )
 
 Threshold = Annotated[float, Field(ge=0)]
+TRIM = 0.2  # share kept by TIES' trim (the paper's k = 20)
 ROWS = 4  # of scratch: the merged delta, a sum, a copy, a count
 
 
@@ -46,10 +47,18 @@ class Consensus(Operator):
     merge_by: Literal["ta", "ties"] = setting(
         "ta", alias="merge", description="how task vectors are merged: their sum, or TIES' sum"
     )
-    density: Share = shared(0.2, description="share of entries kept by TIES' trim")
+    density: Share | None = shared(
+        None, description="share of entries kept by TIES' trim; 0.2 if not given"
+    )
     scope: Literal["tensor", "model"] = setting(
         "tensor", description="rank entries for the trim within a tensor, or the whole model"
     )
+
+    @model_validator(mode="after")
+    def _only_ties_trims(self) -> Consensus:
+        if self.merge_by == "ta" and (self.density is not None or self.scope == "model"):
+            raise ValueError("density and scope are of TIES' trim, so they need merge: ties")
+        return self
 
     @property
     def survey_scope(self) -> Literal["tensor", "model"]:
@@ -57,8 +66,12 @@ class Consensus(Operator):
         return self.scope if self._trims else "tensor"
 
     @property
+    def _share(self) -> float:
+        return TRIM if self.density is None else self.density
+
+    @property
     def _trims(self) -> bool:
-        return self.merge_by == "ties" and self.density < 1.0
+        return self.merge_by == "ties" and self._share < 1.0
 
     def scratch(self, k: int) -> int:
         """Return the rows that the merge needs, and selection where there is one."""
@@ -73,9 +86,9 @@ class Consensus(Operator):
 
     def survey(self, about: About) -> Survey:
         """Find each model's cut, where task vectors are trimmed."""
-        if not self._trims or not self.density:
+        if not self._trims or not self._share:
             return None
-        count = selection.count_for(self.density, about.numel)
+        count = selection.count_for(self._share, about.numel)
         return (yield from selection.largest([count] * len(about.ids), _delta, about))
 
     def merge(self, block: Block, finding: Any) -> Tensor:
@@ -107,7 +120,7 @@ class Consensus(Operator):
     def _trimmed(self, delta: Tensor, cuts: Any, i: int, block: Block, out: Tensor) -> Tensor:
         """Return a copy of a task vector, trimmed, in `out`."""
         out.copy_(delta)
-        if not self.density:
+        if not self._share:
             return out.zero_()
         if cuts is None or cuts[i] is None:
             return out
@@ -115,7 +128,7 @@ class Consensus(Operator):
 
     def same_everywhere(self) -> Any:
         """Return the density where the whole model is ranked at once."""
-        return self.density if self._trims and self.scope == "model" else None
+        return self._share if self._trims and self.scope == "model" else None
 
     def reference(self, base: Tensor, tuned: Sequence[Tensor], about: About) -> Tensor:
         """Return the merged delta in float64; sorts, where `merge` counts."""
@@ -136,12 +149,12 @@ class Consensus(Operator):
         return [part * (part.sign() == sign) for part in trimmed]
 
     def _reference_trim(self, delta: Tensor, about: About, i: int) -> Tensor:
-        if not self._trims or not self.density:
-            return delta * (self.density > 0)
+        if not self._trims or not self._share:
+            return delta * (self._share > 0)
         if about.finding is not None:  # ranked within the whole model, by the survey
             cut = selection.Cut(*about.finding[i])
             return selection.keep(delta.clone(), cut, about.first_cell)
-        count = selection.count_for(self.density, delta.numel())
+        count = selection.count_for(self._share, delta.numel())
         return selection.reference_keep(delta, count)
 
 

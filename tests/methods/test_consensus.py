@@ -64,6 +64,26 @@ def test_asking_for_more_tasks_than_there_are_gives_the_base() -> None:
     assert Consensus(threshold=(0.4,), k=2).copies(1, "w", NOWHERE) == -1
 
 
+@pytest.mark.parametrize("more", [{"density": 0.2}, {"scope": "model"}])
+def test_a_trim_without_ties_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="they need merge: ties"):
+        operator(**more)
+
+
+def test_ties_trims_to_a_fifth_unless_told_otherwise() -> None:
+    # of 5 entries one is kept: 5 and -4; sums 0, 0, 0, -4, 5; the threshold 0 asks for any change
+    first, second = [1.0, 2.0, 3.0, 0.0, 5.0], [1.0, 2.0, 3.0, -4.0, 1.0]
+    made = Case(operator(k=1, merge="ties", threshold=(0.0,) * 2), [0.0] * 5, first, second)
+    assert made.merged().tolist() == [0.0, 0.0, 0.0, -4.0, 5.0]
+
+
+def test_two_tasks_and_zeros() -> None:
+    # with two tasks |d_1| > l |d_2| and the other way round: only entries of like size are left
+    first, second = [1.0, 1.0, 1.0, 0.0, -1.0], [1.0, 3.0, 2.0, 0.0, 1.0]
+    made = Case(operator(k=2, threshold=(0.4,) * 2), [0.0] * 5, first, second).merged()
+    assert made.tolist() == [2.0, 0.0, 3.0, 0.0, 0.0]  # 1 > 0.4 * 3 not; 1 > 0.4 * 2; 1 - 1
+
+
 @pytest.mark.parametrize("more", [{}, {"merge": "ties"}, {"merge": "ties", "density": 0.01}])
 def test_it_agrees_with_the_plain_form(more: dict[str, Any]) -> None:
     case = Case(operator(k=2, **more), *vectors(3, 150_000))
