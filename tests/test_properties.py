@@ -146,6 +146,8 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
         if method.own:
             model["parameters"] = {word: draw(values) for word, values in method.own.items()}
     shared = {word: draw(values) for word, values in method.shared.items()}
+    if shared.get("merge") == "ta":
+        del shared["density"]  # of TIES' trim: refused without it
     found: dict[str, Any] = {"merge_method": name, "models": models}
     found |= {"parameters": shared} if shared else {}
     if draw(st.sampled_from(method.base)):
