@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from examples.two_experts.tiny import byte_tokenizer
+from mergekit_ft.data.batches import Collator
 from mergekit_ft.tuning import tune
-from mergekit_ft.tuning.batches import Collator
 
 Batch = dict[str, Tensor]
 Weights = dict[str, Tensor]

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
+from mergekit_ft.data.batches import Collator, Groups, batches
 from mergekit_ft.errors import OperatorError, PlanError
 from mergekit_ft.learning import Objective, Pace, Selection, Subject, Tuner
+from mergekit_ft.models.opening import Base
 from mergekit_ft.options import Options
 from mergekit_ft.plan.tuning import TunePlan
-from mergekit_ft.tuning.batches import Collator, Groups, batches
-from mergekit_ft.tuning.opening import Base
 from mergekit_ft.tuning.trained import Trained
 from mergekit_ft.tuning.trainer import TuningTrainer, Work
 from mergekit_ft.tuning.watching import CURVES, Curves

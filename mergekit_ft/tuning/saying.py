@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_ft.data.rows import UNSCORED
 from mergekit_ft.learning import Said
-from mergekit_ft.tuning.rows import UNSCORED
 
 
 def said(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
+from mergekit_ft.data.batches import Collator, Groups, batches
 from mergekit_ft.learning import Objective, Pace, Subject, Tuner
-from mergekit_ft.tuning.batches import Collator, Groups, batches
 from mergekit_ft.tuning.saying import said
 from mergekit_ft.tuning.trained import Trained
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_ft.tuning.rows import UNSCORED, Sample
+from mergekit_ft.data.rows import UNSCORED, Sample
 
 Groups = list[tuple[Sample, ...]]  # what a training step draws from
 

@@ -56,7 +56,7 @@ def open_base(reference: ModelReference, **opening: Any) -> Base:
     resolution = resolve(read(alone(reference)), **opening)
     source = resolution.donor
     if source.folder is None or not source.config:
-        raise SourceError(f"{reference}: has no config.json, so there is no model to tune")
+        raise SourceError(f"{reference}: has no config.json, so there is no model to load")
     model = load(alone(reference), **opening).float()
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     parameters = _named(model, source)

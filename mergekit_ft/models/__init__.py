@@ -1,0 +1,1 @@
+"""A checkpoint as a language model in memory: opened, asked, decoded."""
