@@ -34,8 +34,7 @@ class Metric:
 
     def __init__(self, second: Tensor) -> None:
         wide = second.double()
-        if not bool(wide.isfinite().all()):
-            raise OperatorError("the keys' statistics hold NaN or Inf; the model's own values do")
+        require_finite(wide)
         self.factor, failed = torch.linalg.cholesky_ex(wide)  # (d_in, d_in) lower
         condition = float("inf") if bool(failed) else self._condition(wide)
         if not condition < WORST:
@@ -64,6 +63,12 @@ def require_seen(tokens: int, width: int) -> None:
         )
 
 
+def require_finite(second: Tensor) -> None:
+    """Refuse statistics that hold what is no number."""
+    if not bool(second.isfinite().all()):
+        raise OperatorError("the keys' statistics hold NaN or Inf; the model's own values do")
+
+
 def exact(key: Tensor, residual: Tensor, metric: Metric | None) -> Tensor:
     """Return D (d_out, d_in) of which D key = residual: (d_in,), (d_out,); no metric: C = I."""
     key, residual = key.double()[:, None], residual.double()
@@ -86,8 +91,7 @@ def regularised(keys: Tensor, residuals: Tensor, metric: Metric, weight: float) 
 def null_space(second: Tensor, threshold: float) -> Tensor:
     """Return U (d_in, r), the eigenvectors of C whose eigenvalue is below the threshold."""
     wide = second.double()
-    if not bool(wide.isfinite().all()):
-        raise OperatorError("the keys' statistics hold NaN or Inf; the model's own values do")
+    require_finite(wide)
     values, vectors = torch.linalg.eigh(wide)  # ascending
     rank = int((values < threshold).sum())
     if not rank:

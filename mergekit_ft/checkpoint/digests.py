@@ -143,12 +143,17 @@ class Digests:
 
 
 def default_memory() -> Path:
-    """Return where digests are remembered: $MERGEKIT_FT_CACHE, or the user's cache folder."""
+    """Return where digests are remembered."""
+    return cache_folder() / "sha256.json"
+
+
+def cache_folder() -> Path:
+    """Return where things are remembered: $MERGEKIT_FT_CACHE, or ours of the user's cache."""
     root = os.environ.get("MERGEKIT_FT_CACHE")
     if root:
-        return Path(root) / "sha256.json"
+        return Path(root)
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "mergekit-ft" / "sha256.json"
+    return Path(cache) / "mergekit-ft"
 
 
 Stamp = list[int]  # device, inode, size, mtime and ctime in ns
