@@ -74,6 +74,18 @@ def test_logits_of_a_padded_batch_are_those_of_each_row_alone() -> None:
         assert torch.allclose(together[i, : len(prompt)], alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "gemma2"])
+def test_logits_of_some_places_are_those_among_all(kind: str) -> None:
+    who = speaker(kind)
+    tokens, mask = padded(PROMPTS, 0, left=False)
+    at = mask.bool() & (tokens % 2 == 0)
+    model: Any = who.model
+    everything = model(input_ids=tokens, attention_mask=mask).logits
+    assert torch.allclose(who.read(tokens, mask, at), everything[at], atol=1e-6)
+    assert who.read(tokens, mask, at).shape == (int(at.sum()), who.vocabulary)
+    assert torch.equal(who.read(tokens, mask), everything)
+
+
 class Scripted:
     """Says what a script says, whatever the prompt: row i its i-th text."""
 
@@ -88,7 +100,7 @@ class Scripted:
         ]
         self.sizes: list[int] = []  # of the batch, at each step
 
-    def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def begin(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:

@@ -1,15 +1,19 @@
-"""The base of a tuning: its source, its model in memory, its tokenizer; names that agree."""
+"""A checkpoint as a model in memory, with its tokenizer: to be tuned, or to be asked."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mergekit_ft.errors import SourceError
 from mergekit_ft.layers import Place, places
 from mergekit_ft.merged import load
+from mergekit_ft.models.speaker import ModelSpeaker
 from mergekit_ft.plan import ModelReference, read
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.dtypes import FLOATING
@@ -51,17 +55,60 @@ def alone(reference: ModelReference) -> Words:
 
 def open_base(reference: ModelReference, **opening: Any) -> Base:
     """Open a model, and load it with its weights in float32."""
-    from transformers import AutoTokenizer
-
-    resolution = resolve(read(alone(reference)), **opening)
-    source = resolution.donor
-    if source.folder is None or not source.config:
-        raise SourceError(f"{reference}: has no config.json, so there is no model to load")
+    source, tokenizer = _around(reference, **opening)
     model = load(alone(reference), **opening).float()
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
     parameters = _named(model, source)
     model.config.use_cache = False
     return Base(source, model, tokenizer, parameters, places(source))
+
+
+def open_speaker(
+    reference: ModelReference,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    **opening: Any,
+) -> ModelSpeaker:
+    """Open a model to ask it for logits, its weights in `dtype`.
+
+    SourceError where it has no config.json or no tokenizer.
+    """
+    _, tokenizer = _around(reference, **opening)
+    with quiet():
+        model = load(alone(reference), **opening).to(device=device, dtype=dtype)
+    return ModelSpeaker(model, tokenizer, str(reference))
+
+
+def _around(reference: ModelReference, **opening: Any) -> tuple[Source, Any]:
+    """Return the checkpoint that a model is of, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    source = resolve(read(alone(reference)), **opening).donor
+    if source.folder is None or not source.config:
+        raise SourceError(f"{reference}: has no config.json, so there is no model to load")
+    try:
+        return source, AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            f"{reference}: has no tokenizer that transformers can read; put the tokenizer's files "
+            "beside the weights"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the bars and remarks of transformers away; what matters is said by us."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _named(model: nn.Module, source: Source) -> dict[str, nn.Parameter]:

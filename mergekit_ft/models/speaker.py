@@ -23,8 +23,11 @@ class Speaker(Protocol):
     most: int | None  # tokens that fit into it, prompt and answer together; None: no bound
     ends: frozenset[int]  # tokens that end what it says
 
-    def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Return (b, n, vocabulary) float32 logits of the token after each of (b, n)."""
+    def read(self, tokens: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
+        """Return (b, n, vocabulary) float32 logits of the token after each of (b, n).
+
+        Of places `at`, (b, n) booleans, alone where they are given: (m, vocabulary), row by row.
+        """
 
     def begin(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
         """Return (b, vocabulary) float32 logits of the token after the prompts, and a state."""
@@ -58,11 +61,14 @@ class ModelSpeaker:
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
     @torch.no_grad()
-    def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Return (b, n, vocabulary) float32 logits of the token after each of (b, n)."""
-        tokens, mask = tokens.to(self.device), mask.to(self.device)
-        said = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-        return self._sound(said.float(), mask)
+    def read(self, tokens: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
+        """Return (b, n, vocabulary) float32 logits of next tokens; `at` places (m, vocabulary)."""
+        where = torch.ones_like(mask, dtype=torch.bool) if at is None else at
+        words = {"input_ids": tokens, "attention_mask": mask}
+        logits, _ = self._logits(where, words, use_cache=False)
+        if at is not None:
+            return self._sound(logits)
+        return self._sound(logits.view(*tokens.shape, -1), mask.bool())
 
     @torch.no_grad()
     def begin(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Cached]:
@@ -86,18 +92,28 @@ class ModelSpeaker:
     def _forward(
         self, tokens: Tensor, cache: Any, mask: Tensor, places: Tensor
     ) -> tuple[Tensor, Cached]:
-        said = self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **({"position_ids": places} if self._placed else {}),  # others go by the mask
-        )
-        logits = self._sound(said.logits[:, -1:].float(), mask[:, -1:])[:, 0]
-        return logits, Cached(said.past_key_values, mask, mask.sum(dim=1))
+        last = torch.zeros_like(tokens, dtype=torch.bool)
+        last[:, -1] = True
+        words = {"input_ids": tokens, "attention_mask": mask}
+        if self._placed:  # others go by the mask
+            words["position_ids"] = places
+        logits, said = self._logits(last, words, past_key_values=cache, use_cache=True)
+        return self._sound(logits), Cached(said.past_key_values, mask, mask.sum(dim=1))
 
-    def _sound(self, logits: Tensor, mask: Tensor) -> Tensor:
-        if bool(torch.isnan(logits[mask.bool()]).any()):
+    def _logits(self, at: Tensor, words: dict[str, Tensor], **more: Any) -> tuple[Tensor, Any]:
+        """Return (m, vocabulary) float32 logits at some places: the head sees no others."""
+        where = at.to(self.device)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        hook = head.register_forward_pre_hook(lambda _, given: (given[0][where], *given[1:]))
+        try:
+            said = self.model(**{key: t.to(self.device) for key, t in words.items()}, **more)
+        finally:
+            hook.remove()
+        return said.logits.float(), said
+
+    def _sound(self, logits: Tensor, where: Tensor | None = None) -> Tensor:
+        looked_at = logits if where is None else logits[where.to(logits.device)]
+        if bool(torch.isnan(looked_at).any()):
             raise OperatorError(
                 f"{self.name} gives logits that are not numbers; `mergekit-ft inspect` finds "
                 "weights that are not"

@@ -63,18 +63,23 @@ class Opener:
         return adapted(self.sources[bare], adapter)
 
 
-def open_model(words: str, **opening: Any) -> Source:
-    """Open a model by a plan's words: PATH, PATH@REVISION, MODEL+ADAPTER, {model: M, delta: D}.
+def reference_of(words: str) -> ModelReference:
+    """Read a model by a plan's words: PATH, PATH@REVISION, MODEL+ADAPTER, {model: M, delta: D}.
 
-    In braces stands what a plan has there, in YAML. `opening` is as for a source.
+    In braces stands what a plan has there, in YAML.
     """
     try:
         raw = yaml.safe_load(words) if words.startswith("{") else words
-        reference = ModelReference.model_validate(raw)
+        return ModelReference.model_validate(raw)
     except yaml.YAMLError:
         raise PlanError(f"{words}: is not YAML; write {{model: PATH, delta: FILE}}") from None
     except ValidationError as error:
         raise PlanError(f"{words}: {error.errors()[0]['msg']}") from None
+
+
+def open_model(words: str, **opening: Any) -> Source:
+    """Open a model by the words of `reference_of`. `opening` is as for a source."""
+    reference = reference_of(words)
     return Opener(None, opening)._on_its_base(reference, reference)
 
 

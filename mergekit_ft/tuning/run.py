@@ -19,12 +19,12 @@ from mergekit_ft.data.rows import Encoder, Row, read_rows
 from mergekit_ft.deltas.writing import SUFFIX
 from mergekit_ft.errors import PlanError, SourceError, WriteError
 from mergekit_ft.learning import Objective
-from mergekit_ft.models.opening import Base, open_base
+from mergekit_ft.models.opening import Base, open_base, quiet
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.plan.tuning import TunePlan, read_tune
 from mergekit_ft.tuning.outputs import TuneStory, write_delta, write_full
 from mergekit_ft.tuning.phases import Phases
-from mergekit_ft.tuning.watching import quiet, write_curves
+from mergekit_ft.tuning.watching import write_curves
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
-"""Who watches a training: a bar or lines, curves, and what keeps a step's number honest."""
+"""Who watches a training: a bar or lines, curves."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +44,6 @@ class Curves(TrainerCallback):
         names = {"loss": "loss", "eval_loss": "validation loss"}
         told = [f"{word} {entry[key]:.4f}" for key, word in names.items() if key in entry]
         return f"{where}: {', '.join(told)}"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the bars and remarks of transformers away; what matters is said by us."""
-    from transformers.utils import logging
-
-    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bar:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def write_curves(entries: list[dict[str, Any]], folder: Path) -> list[str]:
