@@ -7,6 +7,7 @@ import click
 from mergekit_ft import __version__
 from mergekit_ft.cli.delta import delta
 from mergekit_ft.cli.differing import diff
+from mergekit_ft.cli.evaluating import evaluate
 from mergekit_ft.cli.group import DIFFERENT, EXIT_CODES, INTERRUPTED, Main
 from mergekit_ft.cli.looking import inspect, verify
 from mergekit_ft.cli.lora import lora
@@ -36,6 +37,7 @@ COMMANDS = (
     diff,
     probe,
     tune,
+    evaluate,
     delta,
     lora,
     methods,

@@ -18,6 +18,7 @@ SHAPES: dict[str, tuple[str, ...]] = {  # what a row may be: its keys, `weight` 
     "text": ("text",),
     "pair": ("prompt", "chosen", "rejected"),
 }
+CHOICES = {"choices": ("prompt", "choices", "answer")}  # rows to be asked, not learned from
 WEIGHT = "weight"
 UNSCORED = -100  # a label that no loss looks at
 
@@ -36,22 +37,24 @@ class Row:
     """One line of a file."""
 
     where: str  # file:line
-    shape: str  # a key of SHAPES
+    shape: str  # a key of SHAPES, or of CHOICES
     words: Mapping[str, Any]
     weight: float
 
 
-def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[Row]:
+def read_rows(
+    paths: Sequence[str | os.PathLike[str]], shapes: Mapping[str, tuple[str, ...]] = SHAPES
+) -> list[Row]:
     """Return the rows of JSONL files; all of one shape, every faulty line told at once."""
     faults: list[str] = []
     rows: list[Row] = []
     for path in paths:
-        rows += _file(Path(path).expanduser(), faults)
+        rows += _file(Path(path).expanduser(), shapes, faults)
     if not rows and not faults:
         faults.append(f"{', '.join(map(str, paths))}: no rows")
-    shapes = {row.shape: row for row in rows}
-    if len(shapes) > 1:
-        told = ", ".join(f"{shape} ({row.where})" for shape, row in shapes.items())
+    found = {row.shape: row for row in rows}
+    if len(found) > 1:
+        told = ", ".join(f"{shape} ({row.where})" for shape, row in found.items())
         faults.append(f"rows of different shapes: {told}; keep those of one")
     if faults:
         more = f"\n... and {len(faults) - 10} more" if len(faults) > 10 else ""
@@ -59,7 +62,7 @@ def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[Row]:
     return rows
 
 
-def _file(path: Path, faults: list[str]) -> Iterator[Row]:
+def _file(path: Path, shapes: Mapping[str, tuple[str, ...]], faults: list[str]) -> Iterator[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -73,22 +76,24 @@ def _file(path: Path, faults: list[str]) -> Iterator[Row]:
             continue
         where = f"{path}:{number}"
         try:
-            yield _row(json.loads(line), where)
+            yield _row(json.loads(line), shapes, where)
         except json.JSONDecodeError as error:
             faults.append(f"{where}: not JSON: {error.msg} (column {error.colno})")
         except ValueError as error:
             faults.append(f"{where}: {error}")
 
 
-def _row(words: Any, where: str) -> Row:
+def _row(words: Any, shapes: Mapping[str, tuple[str, ...]], where: str) -> Row:
     """Return a row; ValueError says what is wrong with it."""
     if not isinstance(words, dict):
         raise ValueError("a row is a JSON object")
     given = words.keys() - {WEIGHT}
-    shape = next((shape for shape, keys in SHAPES.items() if given == set(keys)), None)
+    shape = next((shape for shape, keys in shapes.items() if given == set(keys)), None)
     if shape is None:
-        raise ValueError(_unknown(sorted(given)))
-    for key in SHAPES[shape]:
+        raise ValueError(_unknown(sorted(given), shapes))
+    if shape in CHOICES:
+        words = words | {"answer": _choice(words)}
+    for key in ("prompt",) if shape in CHOICES else shapes[shape]:
         _check(key, words[key])
     weight = words.get(WEIGHT, 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e9:
@@ -96,11 +101,11 @@ def _row(words: Any, where: str) -> Row:
     return Row(where, shape, words, float(weight))
 
 
-def _unknown(given: Sequence[str]) -> str:
-    known = sorted({key for keys in SHAPES.values() for key in keys} | {WEIGHT})
+def _unknown(given: Sequence[str], shapes: Mapping[str, tuple[str, ...]]) -> str:
+    known = sorted({key for keys in shapes.values() for key in keys} | {WEIGHT})
     strange = [key for key in given if key not in known]
     hint = did_you_mean(strange[0], known) if strange else ""
-    wanted = "; ".join(" + ".join(keys) for keys in SHAPES.values())
+    wanted = "; ".join(" + ".join(keys) for keys in shapes.values())
     return f"keys {', '.join(given) or 'none'}{hint} (a row has: {wanted}; and perhaps {WEIGHT})"
 
 
@@ -111,6 +116,21 @@ def _check(key: str, value: Any) -> None:
         raise ValueError(f"{key} must be text")
     elif key not in ("prompt",) and not value:
         raise ValueError(f"{key} is empty: there is nothing to learn")
+
+
+def _choice(words: Mapping[str, Any]) -> int:
+    """Return the place of the right choice, which a row names by its place or its text."""
+    choices, answer = words["choices"], words["answer"]
+    texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+    if not texts or not 1 < len(set(choices)) == len(choices):
+        raise ValueError("choices is a list of two texts or more, none empty and no two the same")
+    if isinstance(answer, str) and answer in choices:
+        return int(choices.index(answer))
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return answer
+    raise ValueError(
+        f"answer is the right choice's text, or its place, 0 to {len(choices) - 1}; got {answer!r}"
+    )
 
 
 def _check_messages(value: Any) -> None:

@@ -14,10 +14,10 @@ from mergekit_ft.errors import SourceError
 from mergekit_ft.layers import Place, places
 from mergekit_ft.merged import load
 from mergekit_ft.models.speaker import ModelSpeaker
-from mergekit_ft.plan import ModelReference, read
+from mergekit_ft.plan import ModelReference
+from mergekit_ft.resolution.opening import open_reference
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.dtypes import FLOATING
-from mergekit_ft.stages import resolve
 
 Words = dict[str, Any]
 
@@ -55,7 +55,7 @@ def alone(reference: ModelReference) -> Words:
 
 def open_base(reference: ModelReference, **opening: Any) -> Base:
     """Open a model, and load it with its weights in float32."""
-    source, tokenizer = _around(reference, **opening)
+    source, tokenizer = around(reference, **opening)
     model = load(alone(reference), **opening).float()
     parameters = _named(model, source)
     model.config.use_cache = False
@@ -73,17 +73,17 @@ def open_speaker(
 
     SourceError where it has no config.json or no tokenizer.
     """
-    _, tokenizer = _around(reference, **opening)
+    _, tokenizer = around(reference, **opening)
     with quiet():
         model = load(alone(reference), **opening).to(device=device, dtype=dtype)
     return ModelSpeaker(model, tokenizer, str(reference))
 
 
-def _around(reference: ModelReference, **opening: Any) -> tuple[Source, Any]:
+def around(reference: ModelReference, **opening: Any) -> tuple[Source, Any]:
     """Return the checkpoint that a model is of, and its tokenizer."""
     from transformers import AutoTokenizer
 
-    source = resolve(read(alone(reference)), **opening).donor
+    source = open_reference(reference, **opening)
     if source.folder is None or not source.config:
         raise SourceError(f"{reference}: has no config.json, so there is no model to load")
     try:

@@ -34,6 +34,7 @@ from mergekit_ft.reports.report import (
     Measure,
     Notes,
     Panel,
+    Part,
     Report,
     Table,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "Measure",
     "Notes",
     "Panel",
+    "Part",
     "Report",
     "Table",
     "draw",

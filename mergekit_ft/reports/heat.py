@@ -61,7 +61,8 @@ def _view(part: HeatMap, measure: Measure) -> Iterator[str]:
         yield f'<p class="meaning">{escaped(measure.meaning)}</p>'
     yield from _legend(part, measure, ramp)
     yield f'<div class="scroll" tabindex="0" role="region" aria-label="{escaped(measure.name)}">'
-    yield f'<table class="grid{" margin" if part.margin else ""}">'
+    marks = f"{' margin' if part.margin else ''}{' written' if part.written else ''}"
+    yield f'<table class="grid{marks}">'
     yield f'<caption class="unseen">{escaped(f"{part.title}: {measure.name}")}</caption>'
     yield from _head(part)
     yield "<tbody>"
@@ -70,7 +71,7 @@ def _view(part: HeatMap, measure: Measure) -> Iterator[str]:
         cells = (
             BLANK
             if alone and place
-            else _cell(value, measure, ramp, written=part.margin and place == 0)
+            else _cell(value, measure, ramp, written=part.written or (part.margin and place == 0))
             for place, value in enumerate(values)
         )
         yield f'<tr><th scope="row"><bdi>{escaped(name)}</bdi></th>{"".join(cells)}</tr>'
@@ -132,6 +133,6 @@ def _marks(part: HeatMap, measure: Measure, ramp: Ramp | None) -> Iterator[str]:
     if any(value == 0 for value in held):
         yield '<li><span class="key zero"></span>exactly zero</li>'
     if missing:
-        yield '<li><span class="key none"></span>no such tensor</li>'
+        yield f'<li><span class="key none"></span>{escaped(part.missing)}</li>'
     if any(value is not None and not math.isfinite(value) for value in held):
         yield '<li><span class="key odd">!</span>not a finite number</li>'

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ft.errors import WriteError
-from mergekit_ft.reports.colours import DAY, ramp_of
-from mergekit_ft.reports.figures import visible
+from mergekit_ft.reports.colours import DAY, contrasting, ramp_of
+from mergekit_ft.reports.figures import figure, visible
 from mergekit_ft.reports.heat import TICKS, outside, ticks_of
 from mergekit_ft.reports.report import HeatMap, Measure, Value
 from mergekit_ft.reports.writing import require_room, write
@@ -51,7 +51,7 @@ def draw(part: HeatMap, measure: str, path: Path, *, title: str, overwrite: bool
 
 def _size(part: HeatMap) -> tuple[float, float]:
     """Return the size in inches."""
-    wide = 3.2 + 0.22 * min(len(part.columns), 120)
+    wide = 3.2 + (0.9 if part.written else 0.22) * min(len(part.columns), 120)
     return max(6.5, wide), 1.7 + 0.26 * len(part.rows)
 
 
@@ -68,6 +68,8 @@ def _grid(found: Any, part: HeatMap, measure: Measure, title: str) -> None:
     for row, values in enumerate(measure.values):
         for place, value in enumerate(values[:1] if outside(part, values) else values):
             _cell(axes, row, place, value, norm, colours, part)
+            if part.written and value:
+                _write(axes, row, _across(place, part), value, norm, colours, measure.unit)
     _labels(axes, part)
     lines = (title, f"{part.title}: {measure.name}")
     said = "\n".join(_short(line, 2 * LONGEST) for line in lines)
@@ -97,6 +99,17 @@ def _cell(
     mark = "!" if odd else "\u00b7" if value == 0 else ""
     if mark:
         axes.text(at + 0.47, row + 0.47, mark, ha="center", va="center", fontsize=7, color=INK)
+
+
+def _write(
+    axes: Any, row: int, at: float, value: float, norm: Any, colours: Any, unit: str
+) -> None:
+    """Write a cell's number in it, in the ink that can be read there."""
+    from matplotlib.colors import to_hex
+
+    ink = contrasting(to_hex(colours(norm(value)))) if norm is not None else INK
+    text = figure(value, unit)
+    axes.text(at + 0.47, row + 0.47, text, ha="center", va="center", fontsize=7, color=ink)
 
 
 def _across(place: int, part: HeatMap) -> float:

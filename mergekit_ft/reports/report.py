@@ -38,6 +38,8 @@ class HeatMap:
     column_axis: str = "layer"
     margin: bool = False  # the first column sums up the others, and is written out
     note: str = ""
+    written: bool = False  # every cell is written out: of few ones
+    missing: str = "no such tensor"  # what a cell without a value means
 
     def __post_init__(self) -> None:
         for measure in self.measures:

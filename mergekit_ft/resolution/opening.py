@@ -79,7 +79,11 @@ def reference_of(words: str) -> ModelReference:
 
 def open_model(words: str, **opening: Any) -> Source:
     """Open a model by the words of `reference_of`. `opening` is as for a source."""
-    reference = reference_of(words)
+    return open_reference(reference_of(words), **opening)
+
+
+def open_reference(reference: ModelReference, **opening: Any) -> Source:
+    """Open a model with what is put on it."""
     return Opener(None, opening)._on_its_base(reference, reference)
 
 
