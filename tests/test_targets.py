@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from examples.two_experts.tiny import byte_tokenizer
 from mergekit_ft.editing.contexts import OPENINGS, contexts, likely
 from mergekit_ft.editing.subjects import last_token
-from mergekit_ft.editing.targets import Descent, Search, Text
+from mergekit_ft.editing.targets import Search, Text
 from mergekit_ft.errors import SourceError
 from mergekit_ft.models.decoding import padded
 from mergekit_ft.models.speaker import ModelSpeaker
+from mergekit_ft.recalling import Descent
 
 LAYER = 1
 # texts of two edits: tokens of the text and of the target, t*; the last of each is the KL's

@@ -35,7 +35,7 @@ ROUND = 16384  # tokens between two looks at the change
 FORMAT = 1  # of the remembered files, in their hash
 
 Keys = Callable[[Sequence[tuple[int, ...]], Sequence[int]], Iterator[tuple[int, Tensor]]]
-# windows and layers -> for each layer, window by window in order, (t, d_in) inputs of its matrix
+# windows and layers -> (t, d_in) inputs of a layer's matrix, window by window, always in one order
 
 
 @dataclass(frozen=True)

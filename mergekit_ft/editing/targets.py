@@ -19,22 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_ft.recalling import Descent
+
 ENOUGH = 0.05  # loss
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
 
 Above = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (b, n, h) what leaves the layer, (q,) rows, (q,) places -> (q, vocabulary) float32 logits there
-
-
-@dataclass(frozen=True)
-class Descent:
-    """How a value is found."""
-
-    steps: int  # looks at the loss; the last is not followed by a step
-    rate: float
-    decay: float
-    clamp: float
-    divergence: float
 
 
 @dataclass(frozen=True)

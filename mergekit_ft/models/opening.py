@@ -53,11 +53,15 @@ def alone(reference: ModelReference) -> Words:
     return {"merge_method": "passthrough", "models": [{"model": words}]}
 
 
-def open_base(reference: ModelReference, **opening: Any) -> Base:
-    """Open a model, and load it with its weights in float32."""
+def open_base(reference: ModelReference, *, partly: bool = False, **opening: Any) -> Base:
+    """Open a model, and load it with its weights in float32.
+
+    SourceError where transformers has a weight that the checkpoint lacks under that name or in that
+    shape; `partly` leaves such weights out of its parameters.
+    """
     source, tokenizer = around(reference, **opening)
     model = load(alone(reference), **opening).float()
-    parameters = _named(model, source)
+    parameters = _named(model, source, partly)
     model.config.use_cache = False
     return Base(source, model, tokenizer, parameters, places(source))
 
@@ -111,18 +115,21 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _named(model: nn.Module, source: Source) -> dict[str, nn.Parameter]:
-    """Return the parameters by the checkpoint's names, which must be the model's."""
+def _named(model: nn.Module, source: Source, partly: bool) -> dict[str, nn.Parameter]:
+    """Return the parameters by the checkpoint's names, which must be the model's, or partly."""
     found = dict(model.named_parameters())  # tied ones once
     stored = {name for name, info in source.items() if info.dtype in FLOATING}
+    inside = f"{getattr(model, 'base_model_prefix', '')}."  # which a checkpoint may leave out
     renamed: dict[str, nn.Parameter] = {}
     for name, parameter in found.items():
-        here = name if name in stored else source.locate(name)
-        if here is None or tuple(parameter.shape) != source[here].shape:
+        names = (name, source.locate(name), name.removeprefix(inside))
+        here = next((n for n in names if n in stored), None)
+        if here is not None and tuple(parameter.shape) == source[here].shape:
+            renamed[here] = parameter
+        elif not partly:
             raise SourceError(
                 f"{source.reference}: transformers calls {name} what the checkpoint does not have "
                 "under that name or in that shape (experts that it fuses, say), so what is "
                 "trained could not be put back; tune another layout of this model"
             )
-        renamed[here] = parameter
     return renamed
