@@ -158,6 +158,38 @@ def test_a_base_with_a_delta_measures_as_the_model_that_it_makes(
     assert whole == patched != plain
 
 
+def test_a_merge_plan_measures_as_the_model_that_it_would_write(base: Path, tmp_path: Path) -> None:
+    other: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(3.0)
+    other.save_pretrained(tmp_path / "other")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"merge_method: linear\nmodels:\n  - {{model: {base}, parameters: {{weight: 1}}}}\n"
+        f"  - {{model: {tmp_path / 'other'}, parameters: {{weight: 1}}}}\n"
+    )
+    assert cli("merge", str(plan), str(tmp_path / "out")).exit_code == 0
+    models = [str(plan), str(tmp_path / "out"), str(base)]
+    found = evaluate(models, [rows(tmp_path)], measures=["loss"], rows="raw")
+    planned, written, plain = (r.figures["loss"].value for r in found.results)
+    assert planned == written != plain
+    plan.write_text(plan.read_text().replace("linear", "liner"))
+    refused(PlanError, "did you mean 'linear'", str(plan), data=[rows(tmp_path)])
+
+
+def test_half_the_bits_move_figures_a_little(base: Path, tmp_path: Path) -> None:
+    file = rows(tmp_path, RAGGED)
+    full, half = (
+        evaluate(str(base), [file], measures=["loss"], rows="raw", precision=precision)
+        .results[0]
+        .figures["loss"]
+        .value
+        for precision in ("float32", "bfloat16")
+    )
+    assert half != full
+    assert half == pytest.approx(full, rel=0.02)
+
+
 # ---- by hand
 
 
@@ -349,6 +381,7 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path) -> None:
     refused(PlanError, "nothing is answered", who, data=[text], answers=True)
     refused(PlanError, "no data", who, data=[])
     refused(PlanError, "no model", data=[text])
+    refused(PlanError, "ModelSpeaker(model", torch.nn.Linear(1, 1), data=[text])
     refused(PlanError, "named twice", who, who, data=[text])
     refused(PlanError, "batch 0", who, data=[text], batch=0)
     refused(PlanError, "both be the task 'text'", who, data=[text, tmp_path / "x/text.jsonl"])

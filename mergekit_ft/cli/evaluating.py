@@ -79,8 +79,9 @@ def evaluate(
 ) -> None:
     """Measure models on rows, side by side.
 
-    What ends in .jsonl is data, all else a MODEL: a folder, a hub id, MODEL+ADAPTER, or
-    '{model: M, delta: FILE}'. Each file is a task named by its stem. Rows are prompt + completion,
+    What ends in .jsonl is data, all else a MODEL: a folder, a hub id, MODEL+ADAPTER,
+    '{model: M, delta: FILE}', or a merge plan's .yaml file, which is merged in memory. Each file of
+    rows is a task named by its stem. Rows are prompt + completion,
     messages or text (loss, perplexity, token_accuracy; exact_match and exact_match_normalised by
     greedy decoding), or prompt + choices + answer (choice_accuracy, choice_accuracy_per_token);
     `weight` beside them weighs a row. The models are loaded one after the other.

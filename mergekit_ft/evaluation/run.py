@@ -16,7 +16,7 @@ from mergekit_ft.evaluation.findings import Asked, Evaluation, Result
 from mergekit_ft.evaluation.harness import ask_harness, require_harness
 from mergekit_ft.evaluation.measures import MEASURES, chosen
 from mergekit_ft.evaluation.tasks import Data, Task, read_tasks
-from mergekit_ft.models.opening import around, open_speaker
+from mergekit_ft.models.opening import around, merged_tokenizer, open_merge, open_speaker
 from mergekit_ft.models.speaker import Speaker
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.plan import ModelReference
@@ -24,8 +24,9 @@ from mergekit_ft.resolution.opening import reference_of
 
 Opener = Callable[[], Speaker]
 Model = str | ModelReference | Speaker | Opener
-Models = Mapping[str, Model] | Sequence[Model]
+Models = str | Mapping[str, Model] | Sequence[Model]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLANS = (".yaml", ".yml")  # what ends so is a merge plan
 ROWS = ("auto", "raw", "chat")
 
 
@@ -51,8 +52,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure models on the rows of files; `progress` hears of rows, `answers` keeps them.
 
-    A model is a plan's reference (or its words), a speaker, or what opens one when its turn has
-    come; named by itself, or by the key of a mapping. Raises `MergekitError`.
+    A model is a plan's reference (or its words), a merge plan's file, a speaker, or what opens one
+    when its turn has come; named by itself, or by the key of a mapping. Raises `MergekitError`.
     """
     named = _named(models)
     asked = Asked(rows, batch, max_length, max_new_tokens, tuple(stop))
@@ -75,10 +76,9 @@ def evaluate(
 
 
 def _named(models: Models) -> dict[str, Model]:
-    if isinstance(models, Mapping):
-        return dict(models)
-    found: dict[str, Model] = {}
-    for i, model in enumerate(models, start=1):
+    found: dict[str, Model] = dict(models) if isinstance(models, Mapping) else {}
+    several = [models] if isinstance(models, str) else () if found else models
+    for i, model in enumerate(several, start=1):
         told = isinstance(model, str | ModelReference)
         name = str(model) if told else str(getattr(model, "name", f"model {i}"))
         if name in found:
@@ -145,6 +145,9 @@ def _openers(
 def _opener(
     model: Model, device: torch.device, dtype: torch.dtype, opening: Mapping[str, Any]
 ) -> Opener:
+    if isinstance(model, str) and model.endswith(PLANS):
+        merged_tokenizer(model, **opening)
+        return lambda: open_merge(model, device=device, dtype=dtype, **opening)
     if isinstance(model, str | ModelReference):
         reference = reference_of(model) if isinstance(model, str) else model
         around(reference, **opening)
@@ -152,10 +155,13 @@ def _opener(
     given: Any = model
     if hasattr(given, "read"):
         return lambda: given
-    if callable(given):
+    if callable(given) and not isinstance(given, torch.nn.Module):
         opener: Opener = given
         return opener
-    raise PlanError(f"{type(model).__name__}: is neither a model's reference nor a speaker")
+    raise PlanError(
+        f"{type(model).__name__}: is neither a model's reference nor a speaker (a transformers "
+        "model becomes one as ModelSpeaker(model, tokenizer))"
+    )
 
 
 class _Run:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mergekit_ft.checkpoint.sides import copy_sides
+from mergekit_ft.engine import PlanLike, resolve_plan
 from mergekit_ft.errors import SourceError
 from mergekit_ft.layers import Place, places
 from mergekit_ft.merged import load
 from mergekit_ft.models.speaker import ModelSpeaker
+from mergekit_ft.options import Options
 from mergekit_ft.plan import ModelReference
 from mergekit_ft.resolution.opening import open_reference
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.dtypes import FLOATING
 
 Words = dict[str, Any]
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # of a tokenizer
 
 
 @dataclass
@@ -83,6 +89,33 @@ def open_speaker(
     return ModelSpeaker(model, tokenizer, str(reference))
 
 
+def open_merge(
+    plan: PlanLike,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    **opening: Any,
+) -> ModelSpeaker:
+    """Open what a merge plan makes, to ask it for logits: merged in memory, not written."""
+    tokenizer = merged_tokenizer(plan, **opening)
+    with quiet():
+        model = load(plan, **opening).to(device=device, dtype=dtype)
+    return ModelSpeaker(model, tokenizer, str(plan))
+
+
+def merged_tokenizer(plan: PlanLike, **opening: Any) -> Any:
+    """Return the tokenizer that a merge would write; the plan is read and resolved for it."""
+    from transformers import AutoTokenizer
+
+    resolution = resolve_plan(plan, Options(**opening))
+    with closing(resolution), TemporaryDirectory() as made:
+        copy_sides(resolution, Path(made), copy_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(made)
+        except UNREADABLE as error:
+            raise SourceError(f"{plan}: makes no tokenizer that transformers can read") from error
+
+
 def around(reference: ModelReference, **opening: Any) -> tuple[Source, Any]:
     """Return the checkpoint that a model is of, and its tokenizer."""
     from transformers import AutoTokenizer
@@ -92,7 +125,7 @@ def around(reference: ModelReference, **opening: Any) -> tuple[Source, Any]:
         raise SourceError(f"{reference}: has no config.json, so there is no model to load")
     try:
         return source, AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise SourceError(
             f"{reference}: has no tokenizer that transformers can read; put the tokenizer's files "
             "beside the weights"
