@@ -142,9 +142,8 @@ def test_a_methods_folder_is_whole(folder: Path) -> None:
     assert wanted <= {path.name for path in folder.iterdir()}
     assert (ROOT / "tests" / "methods" / f"test_{name}.py").is_file()
     first = (folder / "plan.yaml").read_text(encoding="utf-8").splitlines()[0]
-    command = {"tuner": "tune", "objective": "tune", "probe": "probe"}.get(
-        registry.kind(name), "merge"
-    )
+    commands = {"tuner": "tune", "objective": "tune", "probe": "probe", "fusion": "fuse fit"}
+    command = commands.get(registry.kind(name), "merge")
     out = "" if command == "probe" else " \\S"
     assert re.match(rf"# *mergekit-ft {command} methods/{name}/plan\.yaml{out}", first), first
 

@@ -12,6 +12,7 @@ import pytest
 from mergekit_ft import registry
 from mergekit_ft.contract import Operator
 from mergekit_ft.errors import PlanError
+from mergekit_ft.fusing import Fusion
 from mergekit_ft.learning import Objective, Tuner
 from mergekit_ft.looking import Probe
 
@@ -55,7 +56,13 @@ def test_every_summary_is_one_line() -> None:
 
 
 def test_every_method_is_one_class_of_its_kind() -> None:
-    kinds = {"operator": Operator, "tuner": Tuner, "objective": Objective, "probe": Probe}
+    kinds = {
+        "operator": Operator,
+        "tuner": Tuner,
+        "objective": Objective,
+        "probe": Probe,
+        "fusion": Fusion,
+    }
     for kind, owed in kinds.items():
         assert all(issubclass(registry.of_kind(n, kind), owed) for n in registry.names(kind))
     assert sum(len(registry.names(kind)) for kind in kinds) == len(registry.names())

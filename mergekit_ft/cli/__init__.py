@@ -8,6 +8,7 @@ from mergekit_ft import __version__
 from mergekit_ft.cli.delta import delta
 from mergekit_ft.cli.differing import diff
 from mergekit_ft.cli.evaluating import evaluate
+from mergekit_ft.cli.fusing import fuse
 from mergekit_ft.cli.group import DIFFERENT, EXIT_CODES, INTERRUPTED, Main
 from mergekit_ft.cli.looking import inspect, verify
 from mergekit_ft.cli.lora import lora
@@ -38,6 +39,7 @@ COMMANDS = (
     probe,
     tune,
     evaluate,
+    fuse,
     delta,
     lora,
     methods,

@@ -36,6 +36,9 @@ class Main(click.Group):
         except KeyboardInterrupt:
             merging = ctx.invoked_subcommand in ("merge", "tune")
             more = "; the same command with --resume goes on from here" if merging else ""
+            more = (
+                "; the same command goes on from here" if ctx.invoked_subcommand == "fuse" else more
+            )
             click.echo(f"\ninterrupted{more}", err=True)
             ctx.exit(INTERRUPTED)
 

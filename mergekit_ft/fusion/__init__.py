@@ -1,0 +1,5 @@
+"""Logits of several models, heard together: weights fitted, and put into weights."""
+
+from mergekit_ft.fusion.fitting import Fit, fit
+
+__all__ = ["Fit", "fit"]
