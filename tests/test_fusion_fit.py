@@ -128,6 +128,15 @@ def test_neither_the_order_of_rows_nor_their_files_matter(plan: Words, tmp_path:
     assert first.story["calibration"] == second.story["calibration"]
 
 
+def test_domains_count_alike_unless_places_shall(plan: Words, tmp_path: Path) -> None:
+    for balanced in (True, False):
+        words = changed(plan, balanced=balanced, anchor=False)
+        held = fit(words, tmp_path / "w.json", overwrite=True).collection
+        sums = [float(held.weights[part.start : part.stop].sum()) for part in held.texts.parts]
+        counts = [part.stop - part.start for part in held.texts.parts]
+        assert sums == pytest.approx([1.0] * 4 if balanced else counts)
+
+
 def test_batches_of_another_size_hardly_matter(
     plan: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +363,9 @@ def test_the_command_tells_weights_and_figures(plan: Words, tmp_path: Path) -> N
     assert re.search(r"weights, all domains: sums \d\.\d{4}, words \d\.\d{4}", result.output)
     assert re.search(r"nats a token, sums, held out: base \d", result.output)
     assert re.search(r"places of 3 models, .* kept, [\d,]+ places/s heard", result.output)
+    for _ in range(2):
+        again = run(plan, tmp_path, "--overwrite", "--cache", str(tmp_path / "cache"))
+    assert again.exit_code == 0 and "heard" not in again.stdout
     told = json.loads(run(plan, tmp_path, "--overwrite", "--json", "--quiet").stdout)
     assert told["kind"] == "logit_fusion" and set(told["alpha"]) == set(TASKS)
 

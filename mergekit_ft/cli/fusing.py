@@ -10,12 +10,12 @@ import click
 from mergekit_ft.cli import printing, settings
 
 if TYPE_CHECKING:
-    from mergekit_ft.fusion import Fit
+    from mergekit_ft.fusion import Baked, Fit
 
 
 @click.group()
 def fuse() -> None:
-    """Fuse what several models say: fit weights for it."""
+    """Fuse what several models say: fit weights for it, and put them into one checkpoint."""
 
 
 @fuse.command(epilog="A killed fit leaves OUT.json.work; the same command goes on from there.")
@@ -62,9 +62,64 @@ def _fit_lines(made: Fit, out: str) -> Iterator[str]:
         for what, figures in parts.items():
             nats = (f"{name} {v:.3f}" for name, v in figures.items() if not name.startswith("kl "))
             yield f"nats a token, {domain}, {what}: {', '.join(nats)}"
-    heard = sum(collection.seconds.values())
-    speed = f", {collection.shape.places * len(collection.seconds) / heard:,.0f} places/s heard"
+    seconds = collection.seconds
+    asked = collection.shape.places * len(seconds)
+    speed = f", {asked / sum(seconds.values()):,.0f} places/s heard" if seconds else ""
     yield (
         f"{out}: {collection.shape.places:,} places of {len(collection.files)} models, "
-        f"{size(collection.nbytes)} kept{speed if heard else ''}"
+        f"{size(collection.nbytes)} kept{speed}"
+    )
+
+
+@fuse.command(epilog="Nothing is written before the merge was asked about held-out texts.")
+@click.argument("weights", metavar="WEIGHTS.json")
+@click.argument("out")
+@click.option("--domain", help="Take the weights of one domain, not of all together.")
+@click.option(
+    "--refine/--no-refine",
+    default=True,
+    show_default=True,
+    help="Where the merge is not near, move the coefficients of each layer.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False),
+    help="The folder in which `fuse fit` kept what the models said; else they are asked again.",
+)
+@click.option("--memory", type=settings.SIZE, default="1GiB", show_default=True, help="For blocks.")
+@click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is whole.")
+@settings.offline
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@settings.as_json
+def bake(weights: str, out: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Merge the experts of WEIGHTS.json into their base by the fitted weights; write to OUT.
+
+    The experts' task vectors are added by the weights. The merge is asked about the texts that were
+    held out of the fit, beside the fused models; where it is further from them than 0.05 nats and
+    a tenth of their way from the base, the coefficients of every layer are refined.
+    """
+    from mergekit_ft.fusion import bake as run
+
+    with printing.watched(quiet, "place") as progress:
+        made = run(weights, out, progress=progress, **options)
+    if as_json:
+        told = {"out": out, "alpha": dict(made.alpha), "held_out": made.measured}
+        printing.json_of({**told, "before_refining": made.first, "notes": made.notes})
+    elif not quiet:
+        printing.lines(_bake_lines(made))
+
+
+def _bake_lines(made: Baked) -> Iterator[str]:
+    from mergekit_ft.inspection.tables import count, size
+
+    yield from (f"note: {note}" for note in made.notes)
+    for what, found in (("before refining, ", made.first), ("", made.measured)):
+        for domain, figures in (found or {}).items():
+            told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            yield f"{what}{domain}, held out: {told}"
+    result = made.result
+    yield (
+        f"{result.out}: changed {result.changed:,} of {count(result.tensors, 'tensor')}, "
+        f"{size(result.bytes_written)}"
     )

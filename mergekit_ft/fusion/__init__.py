@@ -1,5 +1,6 @@
 """Logits of several models, heard together: weights fitted, and put into weights."""
 
+from mergekit_ft.fusion.baking import Baked, bake
 from mergekit_ft.fusion.fitting import Fit, fit
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Baked", "Fit", "bake", "fit"]

@@ -83,14 +83,10 @@ class Collection:
     weights: Tensor = field(init=False)  # (n,) float64
 
     def __post_init__(self) -> None:
-        targets: list[int] = []
-        weights: list[float] = []
-        for sample in (sample for part in self.texts.parts for sample in part.samples):
-            came = [label for label in sample.labels[1:] if label != UNSCORED]
-            targets += came
-            weights += [sample.weight] * len(came)
-        self.targets = torch.tensor(targets)
-        self.weights = torch.tensor(weights, dtype=torch.float64)
+        samples = [sample for part in self.texts.parts for sample in part.samples]
+        came = [label for s in samples for label in s.labels[1:] if label != UNSCORED]
+        self.targets = torch.tensor(came)
+        self.weights = torch.tensor(self.texts.weights(), dtype=torch.float64)
 
     def said(self, role: str) -> Tensor:
         """Return (n,) float32 log-probabilities of what came, before rounding."""

@@ -79,14 +79,15 @@ def fitted(
 ) -> Fit:
     """Fit the weights; what the models said stays in `work`."""
     with quiet():
-        models = open_models(_references(words), options.offline)
+        models = open_models(references(words), options.offline)
         texts = read_texts(words.calibration, models.tokenizer)
         dtype = getattr(torch, words.calibration.dtype)
         collection = collect(models, texts, work, dtype, options, progress)
     return _fitted(words, fusion, models, collection)
 
 
-def _references(words: FusePlan) -> dict[str, ModelReference]:
+def references(words: FusePlan) -> dict[str, ModelReference]:
+    """Return the models that are heard, by role."""
     found = {BASE: words.base}
     if words.small is not None:
         found[SMALL] = words.small

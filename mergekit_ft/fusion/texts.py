@@ -39,11 +39,22 @@ class Texts:
 
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = ()
+    balanced: bool = True  # whether the fitted places of each domain weigh the same together
 
     @property
     def places(self) -> int:
         """Return how many tokens are scored."""
         return self.parts[-1].stop
+
+    def weights(self) -> list[float]:
+        """Return the weight of every place; balanced, those fitted on in a domain add up to 1."""
+        found: list[float] = []
+        for part in self.parts:
+            whole = sum(scored(sample) * sample.weight for sample in part.samples)
+            unit = whole if self.balanced else 1.0
+            for sample in part.samples:
+                found += [sample.weight / unit] * scored(sample)
+        return found
 
     @property
     def domains(self) -> list[str]:
@@ -90,7 +101,7 @@ def read_texts(words: CalibrationWords, tokenizer: Any) -> Texts:
             f"{len(encoder.cut)} rows are longer than max_length {words.max_length} and "
             f"were cut; the first is {encoder.cut[0]}"
         )
-    return Texts(tuple(parts), tuple(notes))
+    return Texts(tuple(parts), tuple(notes), words.balanced)
 
 
 def _rows(words: CalibrationWords) -> dict[str, list[Row]]:

@@ -63,6 +63,7 @@ class CalibrationWords(PlanWords):
     anchor: Annotated[Any, BeforeValidator(_anchor)] = True  # neutral text, ours or files
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of rows that are not fitted on
     positions: Annotated[int, Field(ge=1)] = 1024  # scored tokens that suffice of a domain
+    balanced: bool = True  # whether domains count alike, however many places they hold
     rows: Literal["auto", "raw", "chat"] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 1024  # tokens of a row
     seed: int = 0  # which rows are taken, and which are held out

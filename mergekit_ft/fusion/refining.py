@@ -1,0 +1,180 @@
+"""Coefficients of every layer moved until the merged weights say what the fused models say.
+
+One backward pass gives them all: with theta = theta_0 + sum lambda_tl tau_tl and a loss L,
+dL/dlambda_tl = <grad_l L, tau_tl>. The task vectors are read from the sources, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ft.algebra.fused import fuse, shifts
+from mergekit_ft.data.rows import UNSCORED, Sample
+from mergekit_ft.errors import OperatorError, SourceError
+from mergekit_ft.fusion.collecting import Collection, Recorded
+from mergekit_ft.fusion.recording import batches
+from mergekit_ft.fusion.texts import scored
+from mergekit_ft.fusion.verifying import places_of
+from mergekit_ft.models.decoding import padded
+from mergekit_ft.models.opening import Base
+from mergekit_ft.sources import Source
+
+STEPS, RATE = 8, 0.05  # of Adam
+HOLD = 1e-2  # how strongly coefficients are held to where they were
+
+Layer = int | None  # None: what is in no layer
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """How much of each expert's task vector each layer has."""
+
+    layers: tuple[Layer, ...]
+    values: Tensor  # (k, layers) float64
+
+    def of(self, expert: int, layer: Layer) -> float:
+        """Return one of them."""
+        return float(self.values[expert, self.layers.index(layer)])
+
+
+def start(base: Base, alpha: Sequence[float]) -> Coefficients:
+    """Return the same coefficient in every layer."""
+    found = {base.places[name].layer for name in base.parameters}
+    layers = (*sorted(layer for layer in found if layer is not None), *([None] * (None in found)))
+    values = torch.tensor(alpha, dtype=torch.float64)[:, None].expand(-1, len(layers)).clone()
+    return Coefficients(layers, values)
+
+
+class Refiner:
+    """A model whose weights are the base's and task vectors by coefficients."""
+
+    def __init__(
+        self,
+        base: Base,
+        experts: Mapping[str, Source],
+        collection: Collection,
+        alpha: Sequence[float],
+        watch: Callable[[int], None] = lambda places: None,
+    ) -> None:
+        self.base, self.experts, self.collection = base, experts, collection
+        self.alpha, self.watch = torch.tensor(alpha, dtype=torch.float64), watch
+        self.origin = start(base, alpha)
+        for name, source in experts.items():
+            for tensor in base.parameters:
+                if tensor not in source:
+                    raise SourceError(f"{source.reference}: expert {name} has no {tensor}")
+
+    def refined(self, steps: int = STEPS) -> tuple[Coefficients, list[float]]:
+        """Return the best coefficients of a few steps of Adam, and the loss before each."""
+        values = self.origin.values.clone().requires_grad_()
+        adam = torch.optim.Adam([values], lr=RATE)
+        best, losses = self.origin, []
+        for step in range(steps + 1):
+            here = Coefficients(self.origin.layers, values.detach().clone())
+            loss, gradient = self.loss(here, graded=step < steps)
+            losses.append(loss)
+            if loss <= min(losses):
+                best = here
+            if step < steps:
+                values.grad = gradient
+                adam.step()
+        return best, losses
+
+    def loss(self, at: Coefficients, *, graded: bool = True) -> tuple[float, Tensor]:
+        """Return mean KL(fused || merged) over fitted places, held to the start; its gradient."""
+        self.put(at)
+        self.base.model.zero_grad(set_to_none=True)
+        total, weight = 0.0, self._weight()
+        for samples, spans in self._groups():
+            with torch.set_grad_enabled(graded):
+                part = self._divergence(samples, spans) / weight
+            if graded:
+                part.backward()  # type: ignore[no-untyped-call]
+            total += float(part.detach())
+            self.watch(sum(stop - first for first, stop in spans))
+        away = at.values - self.origin.values
+        value = total + 0.5 * HOLD * float(away.square().sum())
+        if not value - value == 0:
+            raise OperatorError("refining met values that are not numbers")
+        if not graded:
+            return value, torch.zeros_like(away)
+        return value, self._dots() + HOLD * away
+
+    @torch.no_grad()
+    def put(self, at: Coefficients) -> None:
+        """Give the model theta_0 + sum lambda tau."""
+        for name, parameter in self.base.parameters.items():
+            values = self.base.origin(name)
+            for t, move in enumerate(self._moves(name)):
+                values = values + at.of(t, self.base.places[name].layer) * move
+            parameter.copy_(values)
+
+    @torch.no_grad()
+    def _dots(self) -> Tensor:
+        found = torch.zeros_like(self.origin.values)
+        for name, parameter in self.base.parameters.items():
+            if parameter.grad is None:
+                continue
+            column = self.origin.layers.index(self.base.places[name].layer)
+            for t, move in enumerate(self._moves(name)):
+                found[t, column] += torch.dot(
+                    parameter.grad.flatten().double(), move.flatten().double()
+                )
+        return found
+
+    def _moves(self, name: str) -> Iterator[Tensor]:
+        origin = self.base.origin(name)
+        for source in self.experts.values():
+            yield source.tensor(name).float().sub_(origin)
+
+    @property
+    def places(self) -> int:
+        """Return how many places a step goes through."""
+        spans = self.collection.texts.spans(self.collection.texts.domains, held=False)
+        return sum(stop - first for first, stop in spans)
+
+    def _weight(self) -> float:
+        spans = self.collection.texts.spans(self.collection.texts.domains, held=False)
+        return float(sum(self.collection.weights[first:stop].sum() for first, stop in spans))
+
+    def _groups(self) -> Iterator[tuple[list[Sample], list[tuple[int, int]]]]:
+        for part in self.collection.texts.parts:
+            if part.held:
+                continue
+            starts = places_of(part)
+            for group in batches(part.samples):
+                spans = [(starts[i], starts[i] + scored(part.samples[i])) for i in group]
+                yield [part.samples[i] for i in group], spans
+
+    def _divergence(self, samples: list[Sample], spans: list[tuple[int, int]]) -> Tensor:
+        """Return the weighted sum of KL(fused || merged) over the places of some samples."""
+        logs = self._said(samples)
+        total = torch.zeros((), dtype=torch.float64)
+        at = 0
+        for heard in Recorded(self.collection, list(self.experts), spans):
+            n = len(heard.targets)
+            fused = fuse(heard.base, shifts(heard.tuned, heard.small), self.alpha).float()
+            apart = (fused.exp() * (fused - logs[at : at + n])).sum(-1)
+            total = total + (heard.weights * apart.double()).sum()
+            at += n
+        return total
+
+    def _said(self, samples: list[Sample]) -> Tensor:
+        """Return (m, vocabulary) float32 log-probabilities at scored places, with gradient."""
+        tokens, mask = padded([sample.tokens for sample in samples], 0, left=False)
+        labels, _ = padded([sample.labels for sample in samples], UNSCORED, left=False)
+        at = torch.zeros_like(mask, dtype=torch.bool)
+        at[:, :-1] = labels[:, 1:] != UNSCORED
+        model: Any = self.base.model
+        head = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, given: (given[0][at], *given[1:]))
+        try:
+            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        finally:
+            hook.remove()
+        return torch.log_softmax(logits[:, : self.collection.shape.vocabulary].float(), -1)

@@ -1,0 +1,248 @@
+"""Fitted weights put into one checkpoint: verified before it is written, refined where far off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from mergekit_ft.errors import MergekitError, PlanError, SourceError, WriteError
+from mergekit_ft.fusion import Baked, bake, baking, fit, verifying
+from mergekit_ft.fusion.baking import FILE, merge_words
+from mergekit_ft.fusion.refining import Coefficients, Refiner
+from mergekit_ft.fusion.weights import Weights, read_weights
+from mergekit_ft.inspection.verify import verify
+from mergekit_ft.models.opening import open_base
+from mergekit_ft.plan.fusing import read_fuse
+from mergekit_ft.resolution.opening import open_reference
+from tests.fused import TASKS, expert, family, model_of
+from tests.small_models import cli, hashes
+
+Words = dict[str, Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a family of models and weights fitted for them, logits kept."""
+    fit(family(tmp_path, tied=True), tmp_path / "w.json", cache=tmp_path / "cache")
+    return tmp_path
+
+
+def baked(folder: Path, out: str = "out", **options: Any) -> Baked:
+    return bake(folder / "w.json", folder / out, cache=folder / "cache", **options)
+
+
+def test_a_bake_is_the_base_and_weighted_task_vectors(folder: Path) -> None:
+    made = baked(folder)
+    base, *tuned = (load_file(folder / n / "model.safetensors") for n in ("base", *TASKS))
+    out = load_file(folder / "out" / "model.safetensors")
+    assert out.keys() == base.keys() and "lm_head.weight" not in out
+    for name, values in out.items():
+        wanted = base[name].double()
+        for alpha, model in zip(made.alpha.values(), tuned, strict=True):
+            wanted += alpha * (model[name].double() - base[name].double())
+        assert torch.allclose(values.double(), wanted, atol=1e-6), name
+    assert made.first is None
+
+
+def test_what_is_measured_is_what_the_written_model_says(folder: Path) -> None:
+    made = baked(folder)
+    words, _ = read_fuse(family_plan(folder))
+    from transformers import AutoTokenizer
+
+    from mergekit_ft.fusion.texts import read_texts
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    texts = read_texts(words.calibration, tokenizer)
+    models = [model_of(folder / name) for name in ("base", *TASKS, "out")]
+    for part in (part for part in texts.parts if part.held):
+        rows = []
+        for sample in part.samples:
+            tokens = torch.tensor([sample.tokens])
+            with torch.no_grad():
+                logits = [model(tokens).logits[0].double() for model in models]
+            base, *tuned, merged = logits
+            moved = zip(made.alpha.values(), tuned, strict=True)
+            fused = base + sum(a * (t - base) for a, t in moved)
+            f, m, b = (torch.log_softmax(x, -1) for x in (fused, merged, base))
+            for at, label in enumerate(sample.labels[1:]):
+                if label != -100:
+                    rows.append([-float(x[at, label]) for x in (b, f, m)] + [
+                        float((f[at].exp() * (f[at] - m[at])).sum()),
+                        float((f[at].exp() * (f[at] - b[at])).sum()),
+                        float(f[at].argmax() == m[at].argmax())])  # fmt: skip
+        wanted = torch.tensor(rows).mean(0).tolist()
+        assert list(made.measured[part.domain].values()) == pytest.approx(wanted, abs=2e-3)
+
+
+def family_plan(folder: Path) -> str:
+    plan: str = read_weights(folder / "w.json").story["plan"]
+    return plan
+
+
+def test_the_lock_holds_the_weights_and_verify_checks_the_merge(folder: Path) -> None:
+    made = baked(folder)
+    lock = json.loads((folder / "out" / "mergekit_ft.lock.json").read_text())
+    assert lock["method"] == "logit_fusion"
+    assert lock["fusion"]["alpha"] == dict(made.alpha)
+    assert lock["fusion"]["baked"]["held_out"]["by_domain"] == made.measured
+    assert json.loads((folder / "out" / FILE).read_text()) == lock["fusion"]
+    assert "## Against the fused models" in (folder / "out" / "README.md").read_text()
+    report = verify(folder / "out", sample=None)
+    assert report["ok"] and report["tensors"]["recomputed"] == report["tensors"]["of"]
+
+
+def test_one_domains_weights_are_baked_where_asked_for(folder: Path) -> None:
+    weights = read_weights(folder / "w.json")
+    domain = max(weights.alpha_by_domain, key=lambda d: sum(weights.alpha_by_domain[d].values()))
+    assert baked(folder, domain=domain).alpha == weights.alpha_by_domain[domain] != weights.alpha
+    with pytest.raises(SourceError, match="no weights were fitted for domain 'x'"):
+        baked(folder, "other", domain="x")
+
+
+def test_the_same_bake_has_the_same_bytes(folder: Path) -> None:
+    baked(folder)
+    bake(folder / "w.json", folder / "again")
+    assert hashes(folder / "out") == hashes(folder / "again")
+    assert not (folder / "again.work").exists()
+
+
+# --- refining -------------------------------------------------------------------------------------
+
+
+def far(folder: Path) -> Weights:
+    """Fit the weights of experts so far off that the merge is not near."""
+    for seed, name in enumerate(TASKS):
+        shutil.rmtree(folder / name)
+        expert(folder / "base", folder / name, seed, scale=0.25)
+    words = yaml.safe_load(family_plan(folder))
+    words["fusion"] = {"dynamic_logit_fusion": {"centre": 0.8, "ridge": 10.0}}
+    return fit(words, folder / "w.json", cache=folder / "cache", overwrite=True).weights
+
+
+def refiner(folder: Path, weights: Weights) -> Refiner:
+    base = open_base(weights.base)
+    made = fit(family_words(weights), folder / "x.json", cache=folder / "cache", overwrite=True)
+    sources = {name: open_reference(model) for name, model in weights.experts.items()}
+    return Refiner(base, sources, made.collection, list(weights.alpha.values()))
+
+
+def family_words(weights: Weights) -> str:
+    return str(weights.story["plan"])
+
+
+def test_one_backward_pass_gives_every_coefficients_derivative(folder: Path) -> None:
+    weights = far(folder)
+    one = refiner(folder, weights)
+    assert one.origin.layers == (0, 1, None)
+    dice = torch.Generator().manual_seed(3)
+    noise = torch.randn(one.origin.values.shape, generator=dice, dtype=torch.float64)
+    at = Coefficients(one.origin.layers, one.origin.values + 0.1 * noise)
+    _, gradient = one.loss(at)
+    step = 3e-3
+    for t in range(2):
+        for column in range(3):
+            ends = []
+            for sign in (1, -1):
+                values = at.values.clone()
+                values[t, column] += sign * step
+                ends.append(one.loss(Coefficients(at.layers, values), graded=False)[0])
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert float(gradient[t, column]) == pytest.approx(slope, rel=0.02, abs=2e-4)
+
+
+def test_a_merge_that_is_far_off_is_refined_layer_by_layer(folder: Path) -> None:
+    far(folder)
+    plain = baked(folder, "plain", refine=False)
+    assert verifying.excess(plain.measured) > 1
+    assert any("does not say what the fused models say" in note for note in plain.notes)
+    made = baked(folder)
+    assert made.first == plain.measured
+    assert verifying.excess(made.measured) < verifying.excess(plain.measured)
+    lock = json.loads((folder / "out" / "mergekit_ft.lock.json").read_text())
+    assert "layers" in lock["plan"] and "before_refining" in lock["fusion"]["baked"]
+    assert verify(folder / "out", sample=None)["ok"]
+
+
+def test_nearness_is_the_worst_domains() -> None:
+    found = {"a": {"kl merged": 0.04, "kl base": 0.1}, "b": {"kl merged": 0.3, "kl base": 2.0}}
+    assert verifying.excess(found) == pytest.approx(1.5)  # 0.3 of 0.2; 0.04 of 0.05 is near
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_experts_of_another_shape_are_refused_before_anything_is_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "words" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-8].contiguous()
+    save_file(tensors, path, {"format": "pt"})
+    monkeypatch.setattr(baking, "collect", None)
+    with pytest.raises(MergekitError, match=r"not like those of .*up_proj"):
+        baked(folder)
+    assert read_weights(folder / "w.json").alpha and not (folder / "out").exists()
+
+
+def test_experts_of_another_small_base_are_refused(folder: Path) -> None:
+    path = folder / "w.json"
+    words = json.loads(path.read_text())
+    words["small"] = {"path": str(folder / "sums")}
+    path.write_text(json.dumps(words))
+    with pytest.raises(PlanError, match="of another model's weights"):
+        baked(folder)
+
+
+def test_without_held_out_places_nothing_is_baked(folder: Path) -> None:
+    plan = yaml.safe_load(family_plan(folder))
+    plan["calibration"]["held_out"] = 0
+    fit(plan, folder / "w.json", overwrite=True)
+    with pytest.raises(PlanError, match="nothing was held out"):
+        baked(folder)
+    assert not (folder / "out").exists()
+
+
+def test_an_output_that_is_there_is_kept(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "mine").write_text("x")
+    with pytest.raises(WriteError, match="exists"):
+        baked(folder)
+    assert (folder / "out" / "mine").exists()
+
+
+def test_a_bake_that_dies_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*given: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(baking, "measured", die)
+    with pytest.raises(KeyboardInterrupt):
+        baked(folder)
+    assert not (folder / "out").exists() and not (folder / "out.part").exists()
+
+
+def test_the_command_tells_the_figures(folder: Path) -> None:
+    words = ("fuse", "bake", str(folder / "w.json"), str(folder / "out"))
+    result = cli(*words, "--cache", str(folder / "cache"))
+    assert result.exit_code == 0, result.output
+    assert "sums, held out: nats base" in result.output and "changed" in result.output
+    again = cli(*words, "--cache", str(folder / "cache"), "--overwrite", "--json", "--quiet")
+    assert set(json.loads(again.stdout)["held_out"]) == {*TASKS, "neutral"}
+
+
+def test_weights_of_layers_are_a_plans_words(folder: Path) -> None:
+    weights = read_weights(folder / "w.json")
+    values = torch.tensor([[0.5, 0.25, 1.0], [0.1, 0.2, 0.3]], dtype=torch.float64)
+    words = merge_words(weights, weights.alpha, Coefficients((0, 1, None), values))
+    assert words["models"][0]["parameters"]["weight"] == [
+        {"layers": "0", "value": 0.5},
+        {"layers": "1", "value": 0.25},
+        {"value": 1.0},
+    ]
