@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mergekit_ft.errors import MergekitError, PlanError, SourceError, WriteError
-from mergekit_ft.fusion import Baked, bake, baking, fit, verifying
+from mergekit_ft.fusion import Baked, bake, baking, fit, merge, verifying
 from mergekit_ft.fusion.baking import FILE, merge_words
 from mergekit_ft.fusion.refining import Coefficients, Refiner
 from mergekit_ft.fusion.weights import Weights, read_weights
@@ -246,3 +246,96 @@ def test_weights_of_layers_are_a_plans_words(folder: Path) -> None:
         {"layers": "1", "value": 0.25},
         {"value": 1.0},
     ]
+
+
+# --- a merge plan that calibrates -----------------------------------------------------------------
+
+
+def calibrating(folder: Path, **more: Any) -> Words:
+    words = yaml.safe_load(family_plan(folder))
+    return {
+        "merge_method": "logit_fusion",
+        "base_model": words["base"],
+        "models": [{"model": model} for model in words["experts"].values()],
+        "calibration": words["calibration"],
+        **more,
+    }
+
+
+def run(command: str, plan: Words, folder: Path, *words: str) -> Any:
+    (folder / "merge.yaml").write_text(yaml.safe_dump(plan))
+    out = [str(folder / "merged")] if command == "merge" else []
+    return cli(command, str(folder / "merge.yaml"), *out, *words)
+
+
+def test_a_plan_that_calibrates_is_fit_and_bake_in_one(folder: Path) -> None:
+    result = run("merge", calibrating(folder), folder)
+    assert result.exit_code == 0, result.output
+    made = baked(folder)
+    lock = json.loads((folder / "merged" / "mergekit_ft.lock.json").read_text())
+    assert list(lock["fusion"]["alpha"].values()) == list(made.alpha.values())
+    assert "calibration" not in lock["plan"] and lock["method"] == "logit_fusion"
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / "merged" / name).read_bytes() == (folder / "out" / name).read_bytes()
+    assert not (folder / "merged.work").exists()
+
+
+def test_verify_needs_no_second_calibration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("merge", calibrating(folder), folder).exit_code == 0
+    for name in TASKS:
+        (folder / f"{name}.jsonl").unlink()
+    assert verify(folder / "merged", sample=None)["ok"]
+    again = cli("merge", str(folder / "merged" / "mergekit_config.yml"), str(folder / "again"))
+    assert again.exit_code == 0, again.output
+    name = "model.safetensors"
+    assert (folder / "again" / name).read_bytes() == (folder / "merged" / name).read_bytes()
+
+
+def test_other_words_of_the_merge_stay(folder: Path) -> None:
+    plan = calibrating(folder, dtype="bfloat16")
+    plan["calibration"] |= {"fusion": {"dynamic_logit_fusion": {"ridge": 0.5}}}
+    assert run("merge", plan, folder).exit_code == 0
+    out = load_file(folder / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in out.values()} == {torch.bfloat16}
+    lock = json.loads((folder / "merged" / "mergekit_ft.lock.json").read_text())
+    assert "ridge: 0.5" in lock["fusion"]["plan"]
+
+
+def test_all_faults_of_a_plan_that_calibrates_are_told_at_once(folder: Path) -> None:
+    plan = calibrating(folder, dtyp="bfloat16", tokenizer={"source": "union"})
+    plan["models"][0]["parameters"] = {"weight": 0.5}
+    plan["calibration"] |= {"heldout": 0.5, "fusion": {"dynamic_logit_fusion": {"rigde": 1}}}
+    result = run("merge", plan, folder)
+    assert result.exit_code == 3
+    for said in (
+        "unknown key 'dtyp'; did you mean 'dtype'",
+        "tokenizer cannot stand beside calibration",
+        "a model has no parameters beside it",
+        "unknown key 'heldout'; did you mean 'held_",
+        "unknown key 'rigde'; did you mean 'ridge'",
+    ):
+        assert said in result.stderr, result.stderr
+    plan = calibrating(folder, merge_method="ties")
+    assert "of `merge_method: logit_fusion` alone" in run("merge", plan, folder).stderr
+    assert not (folder / "merged").exists()
+
+
+def test_check_tells_what_a_calibration_will_take(folder: Path) -> None:
+    result = run("check", calibrating(folder), folder)
+    assert result.exit_code == 0, result.output
+    assert "calibration: 3 models are asked about" in result.output
+    told = json.loads(run("check", calibrating(folder), folder, "--json").stdout)["calibration"]
+    vocabulary = read_weights(folder / "w.json").story["vocabulary"]
+    assert told["bytes"] == 3 * told["places"] * (2 * vocabulary + 4)
+
+
+def test_what_knows_no_texts_refuses_a_calibration_by_name(folder: Path) -> None:
+    import mergekit_ft
+
+    plan = calibrating(folder)
+    for carried_out in (lambda: mergekit_ft.merge(plan, folder / "x"),
+                        lambda: mergekit_ft.open_plan(plan)):  # fmt: skip
+        with pytest.raises(PlanError, match="calibration is fitted before a merge"):
+            carried_out()
+    made = merge(plan, folder / "y", cache=folder / "cache")
+    assert made.changed

@@ -35,10 +35,7 @@ def merge(
     """Carry out PLAN (a file, or - for stdin) and write the checkpoint to OUT."""
     given = printing.plan_of(plan)
     _require_login(repo, public, options)
-    with printing.watched(quiet) as progress:
-        from mergekit_ft.engine import merge as run
-
-        result = run(given, out, progress=progress, **options)
+    result = _merged(given, out, quiet, options)
     if not (as_json or quiet):
         printing.lines(_result_lines(result))
     done = _pushed(out, repo, public=public, quiet=quiet or as_json) if repo else None
@@ -56,12 +53,48 @@ def check(plan: str, as_json: bool, **options: Any) -> None:
     """Resolve everything in PLAN from headers and say what a merge would do."""
     from mergekit_ft.inspection import check as room
     from mergekit_ft.options import Options
+    from mergekit_ft.plan.fusing import calibrates
 
-    report, resolution = room.check(printing.plan_of(plan), Options(**options))
+    given: Any = printing.plan_of(plan)
+    chosen = Options(**options)
+    wanted: dict[str, Any] = {}
+    if calibrates(given):
+        from mergekit_ft.fusion.merging import needs
+
+        wanted["calibration"], given = needs(given, chosen)
+    report, resolution = room.check(given, chosen)
     if as_json:
-        printing.json_of(report)
+        printing.json_of(report | wanted)
     else:
-        printing.lines(room.lines(report, resolution))
+        printing.lines([*room.lines(report, resolution), *_calibration_lines(**wanted)])
+
+
+def _merged(plan: str, out: str, quiet: bool, options: dict[str, Any]) -> Result:
+    """Merge, after fitting the weights where the plan asks for that."""
+    from mergekit_ft.plan.fusing import calibrates
+
+    if calibrates(plan):
+        with printing.watched(quiet, "place") as progress:
+            from mergekit_ft.fusion import merge as fitting
+
+            return fitting(plan, out, progress=progress, **options)
+    with printing.watched(quiet) as progress:
+        from mergekit_ft.engine import merge as run
+
+        return run(plan, out, progress=progress, **options)
+
+
+def _calibration_lines(calibration: dict[str, Any] | None = None) -> Iterator[str]:
+    from mergekit_ft.inspection.tables import size
+
+    if calibration is not None:
+        yield from (f"note: {note}" for note in calibration["notes"])
+        yield (
+            f"calibration: {calibration['models']} models are asked about "
+            f"{calibration['places']:,} places ({calibration['held_out']:,} held out) of "
+            f"{', '.join(calibration['domains'])}; {size(calibration['bytes'])} beside OUT while "
+            "weights are fitted; weights above are stand-ins"
+        )
 
 
 def _require_login(repo: str | None, public: bool, options: dict[str, Any]) -> None:

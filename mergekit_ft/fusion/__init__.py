@@ -2,5 +2,6 @@
 
 from mergekit_ft.fusion.baking import Baked, bake
 from mergekit_ft.fusion.fitting import Fit, fit
+from mergekit_ft.fusion.merging import merge
 
-__all__ = ["Baked", "Fit", "bake", "fit"]
+__all__ = ["Baked", "Fit", "bake", "fit", "merge"]

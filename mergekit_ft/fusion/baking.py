@@ -64,21 +64,36 @@ def bake(
     held = read_weights(weights)
     if os.path.lexists(to) and not (chosen.overwrite or chosen.resume):
         raise WriteError(f"{to} exists; give --overwrite, or another name")
-    words = plan_of(held)
     require_alike(held, chosen)
     work = to.with_name(to.name + ".work") if cache is None else Path(cache)
     with quiet():
-        models = open_models(references(words), chosen.offline)
-        texts = read_texts(words.calibration, models.tokenizer)
-        if not any(part.held for part in texts.parts):
-            raise PlanError("nothing was held out to verify on; fit with `held_out:` above 0")
-        dtype = getattr(torch, words.calibration.dtype)
-        collection = collect(models, texts, work, dtype, chosen, watcher)
-        baking = _Baking(held, held.chosen(domain), collection, models.tokenizer, chosen, watcher)
-        made = baking.baked(to, domain, refine)
+        made = baked(held, to, domain, refine, work, chosen, watcher, {})
     if cache is None:
         shutil.rmtree(work)
     return made
+
+
+def baked(
+    weights: Weights,
+    out: Path,
+    domain: str | None,
+    refine: bool,
+    work: Path,
+    options: Options,
+    watcher: Progress,
+    more: Mapping[str, Any],
+) -> Baked:
+    """Bake; what the models said is read from `work`, and `more` are words of the merge's plan."""
+    words = plan_of(weights)
+    models = open_models(references(words), options.offline)
+    texts = read_texts(words.calibration, models.tokenizer)
+    if not any(part.held for part in texts.parts):
+        raise PlanError("nothing was held out to verify on; fit with `held_out:` above 0")
+    dtype = getattr(torch, words.calibration.dtype)
+    collection = collect(models, texts, work, dtype, options, watcher)
+    alpha, tokenizer = weights.chosen(domain), models.tokenizer
+    baking = _Baking(weights, alpha, collection, tokenizer, options, watcher, more)
+    return baking.baked(out, domain, refine)
 
 
 def plan_of(weights: Weights) -> FusePlan:
@@ -137,13 +152,18 @@ class _Baking:
     tokenizer: Any
     options: Options
     watcher: Progress
+    more: Mapping[str, Any]  # words of the merge's plan
+
+    def plan(self, layers: Coefficients | None = None) -> dict[str, Any]:
+        """Return the plan of the merge."""
+        return {**merge_words(self.weights, self.alpha, layers), **self.more}
 
     def baked(self, out: Path, domain: str | None, refine: bool) -> Baked:
         """Verify, refine where that is needed, and write."""
-        plan, first, notes = merge_words(self.weights, self.alpha), None, []
+        plan, first, notes = self.plan(), None, []
         found = self.measured(plan)
         if excess(found) > 1 and refine:
-            again = merge_words(self.weights, self.alpha, self.refined())
+            again = self.plan(self.refined())
             better = self.measured(again)
             if excess(better) < excess(found):
                 plan, first, found = again, found, better

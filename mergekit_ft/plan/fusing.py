@@ -17,6 +17,7 @@ from mergekit_ft.plan.references import ModelReference, PlanWords, refuse
 if TYPE_CHECKING:
     from mergekit_ft.fusing import Fusion
 
+CALIBRATION = "calibration"  # a key of this plan, and of a merge plan
 NEUTRAL = "neutral"  # the domain of the anchor
 USUAL = "dynamic_logit_fusion"
 Files = tuple[str, ...]
@@ -119,3 +120,12 @@ def read_fuse(plan: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[FusePla
         raise PlanError(reading.faults or "the plan holds nothing that can be used")
     found._text = reading.text
     return found, fusion
+
+
+def calibrates(plan: Any) -> bool:
+    """Say whether a merge plan asks for weights to be fitted; one that cannot be read does not."""
+    try:
+        words = words_of(plan).words
+    except (PlanError, TypeError, ValueError):
+        return False
+    return words is not None and CALIBRATION in words and "merge_method" in words

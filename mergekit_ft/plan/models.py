@@ -52,6 +52,7 @@ class Plan(PlanWords):
     tokenizer: TokenizerWords | None = None
     tokenizer_source: TokenizerSource = None
     chat_template: ChatTemplate = None
+    calibration: Calibration = None
 
     _text: str = PrivateAttr("")
     _file: str = PrivateAttr("plan")
@@ -99,6 +100,17 @@ def _dtype(raw: Any) -> str | None:
     refuse(f"'{raw}' is not a dtype of merged weights{hint} (valid: {', '.join(DTYPES)})")
 
 
+def _calibration(raw: Any) -> None:
+    """Refuse it: what carries a plan out knows no texts; `fusion.merge` fits the weights first."""
+    if raw is not None:
+        refuse(
+            "calibration is fitted before a merge, by `mergekit-ft merge` of a plan of one stage "
+            "or by mergekit_ft.fusion.merge; here weights must stand, as `mergekit-ft fuse fit` "
+            "finds them"
+        )
+
+
+Calibration = Annotated[None, BeforeValidator(_calibration)]
 Modules = Annotated[dict[str, Module], BeforeValidator(_modules)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 Steps = Annotated[tuple[Step, ...], BeforeValidator(_steps)]

@@ -142,6 +142,10 @@ def _properties(methods: list[str], steps: list[str]) -> Json:
             "description": "operators on the merged delta, in order",
             "items": {"anyOf": [{"enum": steps}, *map(_step, steps)]},
         },
+        "calibration": {
+            "description": "texts to fit the weights of logit_fusion by, before it merges",
+            "type": ["object", "null"],
+        },
         **vocabulary_schema(_ref("model")),
     }
 
