@@ -35,13 +35,13 @@ def measured(
     found: Measured = {}
     for part in collection.texts.parts:
         if part.held:
-            rows = list(_rows(speaker, collection, names, alpha, part, watch))
+            rows = list(rows_of(speaker, collection, names, alpha, part, watch))
             sums = exact_sum(rows)
             found[part.domain] = dict(zip(COLUMNS, (sums[1:] / sums[0]).tolist(), strict=True))
     return found
 
 
-def _rows(
+def rows_of(
     speaker: Speaker,
     collection: Collection,
     names: list[str],
@@ -49,7 +49,7 @@ def _rows(
     part: Part,
     watch: Callable[[int], None],
 ) -> Iterator[Tensor]:
-    """Yield (n, 7): weight, and by it each column."""
+    """Yield (n, 7) of the places of a part: weight, and by it each of COLUMNS."""
     starts = places_of(part)
     for group in batches(part.samples):
         logs, _ = said(speaker, [part.samples[i] for i in group], collection.shape.vocabulary)
