@@ -7,6 +7,7 @@ import click
 from mergekit_ft import __version__
 from mergekit_ft.cli.delta import delta
 from mergekit_ft.cli.differing import diff
+from mergekit_ft.cli.edits import edits
 from mergekit_ft.cli.evaluating import evaluate
 from mergekit_ft.cli.fusing import fuse
 from mergekit_ft.cli.group import DIFFERENT, EXIT_CODES, INTERRUPTED, Main
@@ -40,6 +41,7 @@ COMMANDS = (
     tune,
     evaluate,
     fuse,
+    edits,
     delta,
     lora,
     methods,
