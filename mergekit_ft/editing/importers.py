@@ -180,7 +180,8 @@ def _flattened(answers: Any) -> list[Any]:
 def _layout(
     name: str, marks: str, keys: str, idle: str, read: Callable[[Words], dict[str, Any]]
 ) -> Layout:
-    return Layout(name, *(frozenset(part.split()) for part in (marks, keys, idle)), read)
+    wanted, more, useless = (frozenset(part.split()) for part in (marks, keys, idle))
+    return Layout(name, wanted, more, useless, read)
 
 
 LAYOUTS = (
