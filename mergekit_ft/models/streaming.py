@@ -7,13 +7,14 @@ positions, and what differs from layer to layer are the model's own. Then it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mergekit_ft.models.hollow import Hollow
 from mergekit_ft.models.shelf import BUDGET, Shelf
@@ -77,7 +78,8 @@ class Streamed:
     ) -> Shelf:
         """Return what leaves layer `upto` (the last: None), by the number of each batch.
 
-        `observe` is told what a module, named by its path in the model, is given in each batch.
+        -1 is what enters the first. `observe` is told what a module, named by its path in the
+        model, is given in each batch.
         """
         last = len(self.layers) - 1 if upto is None else upto
         states = Shelf(budget)
@@ -132,11 +134,13 @@ class Streamed:
         finally:
             self.hollow.empty(names)
 
-    def fill_above(self, layer: int) -> None:
-        """Hold in memory, from now on, what comes above a layer, the head included."""
-        for above in self.layers[layer + 1 :]:
-            self.hollow.fill(self.hollow.within(above))
-        self.hollow.fill(self.hollow.within(self.hollow.head))
+    def fill_above(self, layer: int, without: Set[str] = frozenset()) -> None:
+        """Hold in memory, from now on, what comes above a layer, the head included.
+
+        `without` are the model's names of what others stand for.
+        """
+        for above in (*self.layers[layer + 1 :], self.hollow.head):
+            self.hollow.fill([n for n in self.hollow.within(above) if n not in without])
 
     def through(self, i: int, batch: Batch, entering: Tensor) -> Tensor:
         """Return what leaves a layer, which is in memory, where (b, n, h) enters it."""
@@ -147,18 +151,27 @@ class Streamed:
         return out
 
     def above(
-        self, layer: int, batch: Batch, leaving: Tensor, rows: Tensor, places: Tensor
+        self,
+        layer: int,
+        batch: Batch,
+        leaving: Tensor,
+        rows: Tensor,
+        places: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return (q, vocabulary) logits at (rows, places) where `leaving` (b, n, h) leaves a layer.
 
-        What comes above it is in memory.
+        Layer -1 is what the first one is given. What comes above is in memory; `weights` stand for
+        parameters of it, by the model's names.
         """
         with ExitStack() as changes:
             for other in range(layer + 1):
                 put = leaving if other == layer else None
                 changes.enter_context(self._passing(other, put))
+            if layer < 0:
+                changes.enter_context(self._given(leaving))
             changes.enter_context(self._asked(rows, places))
-            said = self._said(batch)
+            said = self._said(batch, weights)
         logits: Tensor = said.logits[0]
         return logits
 
@@ -189,12 +202,23 @@ class Streamed:
             self._said(batch)
         return found[0]
 
-    def _said(self, batch: Batch) -> Any:
+    def _said(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Any:
         """Run the model on a batch whose embeddings are of no matter, for a layer is given all."""
         b, n = batch.tokens.shape
         width = self.hollow.embedding.embedding_dim
         nothing = torch.zeros(b, n, width, dtype=self.dtype, device=self.device)
-        return self.model(inputs_embeds=nothing, **batch.words(self.device))
+        words = {"inputs_embeds": nothing, **batch.words(self.device)}
+        return functional_call(self.model, dict(weights or {}), (), words)
+
+    def _given(self, put: Tensor) -> Any:
+        """Let the first layer be given `put`."""
+        first = self.layers[0]
+        own = type(first).forward
+
+        def forward(hidden_states: Tensor, *given: Any, **named: Any) -> Any:
+            return own(first, put, *given, **named)
+
+        return _standing_in(first, forward)
 
     def _passing(self, i: int, put: Tensor | None) -> Any:
         """Let a layer pass on what it was given, or `put` where there is that."""
