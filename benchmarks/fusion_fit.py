@@ -33,7 +33,7 @@ from mergekit_ft.fusion.verifying import rows_of
 from mergekit_ft.merged import load
 from mergekit_ft.models.speaker import ModelSpeaker
 
-GRID = [i / 10 for i in range(1, 16)]  # of one coefficient for both task vectors
+GRID = [i / 10 for i in range(4, 13)]  # of one coefficient for both task vectors
 ONE = TASKS[1]  # the task that is calibrated on alone
 
 
@@ -55,7 +55,6 @@ def measure(demo: Path, work: Path) -> None:
     began = time.monotonic()
     mixed = fitted(plan, work, "mixed")
     told(mixed, time.monotonic() - began)
-    costs(plan, work, mixed)
     lines = []
     for name, words in {
         "balanced (default)": {},
@@ -72,8 +71,9 @@ def measure(demo: Path, work: Path) -> None:
             lines += rows(what, made, baked.measured, time.monotonic() - began)
     print("| weights | domain | base | fused | merged | KL to merged | KL to base | agreement |")
     print("\n".join(["| --- " * 8 + "|", *lines]))
-    arithmetic(demo, mixed.collection)
     alone(plan, work, mixed.collection)
+    arithmetic(demo, mixed.collection)
+    costs(plan, work, mixed)
 
 
 def plan_of(demo: Path, work: Path) -> dict[str, Any]:

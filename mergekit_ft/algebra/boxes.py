@@ -11,8 +11,9 @@ from torch import Tensor
 from mergekit_ft.errors import OperatorError
 
 Function = Callable[[Tensor], tuple[float, Tensor, Tensor]]  # (k,) -> value, (k,), (k, k)
-STEPS, HALVINGS = 100, 50  # most
+STEPS, HALVINGS = 100, 30  # most
 TOLERANCE = 1e-9  # of the projected gradient
+ROUNDING = 1e-14  # of values: what a step this near the minimum may seem to rise by
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,13 @@ def _searched(
     high: Tensor,
 ) -> tuple[Tensor, float, Tensor, Tensor] | None:
     """Return the first of x + t direction, t halved again and again, that is enough lower."""
-    t = 1.0
+    t, slack = 1.0, ROUNDING * (1 + abs(value))
     for _ in range(HALVINGS):
         there = (x + t * direction).clamp(low, high)
         if bool((there == x).all()):
             return None
         found = function(there)
-        if found[0] <= value + 1e-4 * float(gradient @ (there - x)):
+        if found[0] <= value + 1e-4 * float(gradient @ (there - x)) + slack:
             return (there, *found)
         t /= 2
     return None

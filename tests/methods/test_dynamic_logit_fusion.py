@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mergekit_ft import registry
+from mergekit_ft.algebra.boxes import minimise
 from mergekit_ft.errors import OperatorError
 from mergekit_ft.fusing import Fitted, Heard
 
@@ -211,3 +212,18 @@ def test_values_that_are_not_numbers_are_refused() -> None:
     for objective in ("nll", "kl", "dlf"):
         with pytest.raises(OperatorError, match="not numbers"):
             fitted(broken, objective=objective)
+
+
+def test_rounding_of_values_does_not_hold_the_last_step_up() -> None:
+    asked: list[float] = []
+
+    def bowl(x: Tensor) -> tuple[float, Tensor, Tensor]:
+        asked.append(float(x[0]))
+        away = x - 1 / 3
+        flat = 1e6 + float(torch.cosh(away).sum())  # what is left of it near 1/3 is rounding
+        return flat, torch.sinh(away), torch.diag(torch.cosh(away))
+
+    wide = torch.full((1,), 5.0, dtype=torch.float64)
+    found = minimise(bowl, torch.zeros(1), -wide, wide)
+    assert found.at.tolist() == pytest.approx([1 / 3], abs=1e-9)
+    assert len(asked) < 10
