@@ -7,8 +7,9 @@ pydantic models whose fields are the method's parameters. The training loop is `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -68,6 +69,30 @@ class Selection:
         return whole + sum(len(indices) for indices in self.entries.values())
 
 
+class Misfit(ValueError):
+    """A parameter of a method that does not fit the model; `at` leads to it in the plan."""
+
+    def __init__(self, message: str, at: tuple[str | int, ...]) -> None:
+        super().__init__(message)
+        self.at = at
+
+
+class Adaptation(Protocol):
+    """An adapter in a model: its parameters train, and none of the model's own."""
+
+    parameters: dict[str, nn.Parameter]  # by the names that they have in the model
+    modules: tuple[str, ...]  # that it changes, as transformers names them
+    others: tuple[str, ...]  # that it does not
+    changes: tuple[str, ...]  # the weights of those modules, by the checkpoint's names
+    words: dict[str, Any]  # of its scale and kind, as in an adapter_config.json
+
+    def without(self) -> AbstractContextManager[Any]:
+        """Let the model be what it was, for a while; no gradients meanwhile."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what trained, as peft names it in a file: host."""
+
+
 class Learned(BaseModel):
     """A method that trains: fields are its parameters."""
 
@@ -83,6 +108,7 @@ class Tuner(Learned):
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     epsilon: ClassVar[float] = 1e-8
     sparse: ClassVar[bool] = False  # whether only entries train, in every phase
+    adapts: ClassVar[bool] = False  # whether an adapter trains, and the model's own weights do not
     gives: ClassVar[tuple[str, ...]] = ("full", "delta")  # the outputs, the usual one first
 
     @property
@@ -93,6 +119,10 @@ class Tuner(Learned):
     def rewinds(self, phase: int) -> int | None:
         """Return the phase to whose start the weights go back before this one, if they do."""
         return None
+
+    def adapted(self, subject: Subject) -> Adaptation:
+        """Put an adapter into the model; its parameters are then what is selected from."""
+        raise TypeError(f"{type(self).__name__} does not adapt")
 
     def select(self, subject: Subject, phase: int) -> Selection:
         """Choose what trains in a phase, counted from 0, by the weights as they are."""

@@ -111,8 +111,12 @@ class AdapterFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of text beside the weights."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file beside the weights."""
         try:
-            (self.part / name).write_text(text, encoding="utf-8")
+            (self.part / name).write_bytes(data)
         except OSError as error:
             raise self._failure(error) from error
 

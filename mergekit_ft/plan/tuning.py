@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 
 from mergekit_ft.errors import Fault, PlanError
 from mergekit_ft.plan.fields import shown
+from mergekit_ft.plan.marks import Keys, Marks
 from mergekit_ft.plan.methods import Method, MethodsReading, built, made, words_of
 from mergekit_ft.plan.models import Step
 from mergekit_ft.plan.references import ModelReference, PlanWords, refuse
@@ -91,11 +92,18 @@ class TunePlan(PlanWords):
     output: Literal["full", "delta", "adapter"] | None = None  # None: the tuner's usual one
 
     _text: str = PrivateAttr("")
+    _marks: Marks = PrivateAttr(default_factory=Marks)  # where its words stand
+    _file: str = PrivateAttr("plan")
 
     @property
     def text(self) -> str:
         """Return the plan as it was written."""
         return self._text
+
+    def refused(self, path: Keys, message: str) -> PlanError:
+        """Return the error that says so of a place in the plan."""
+        mark = self._marks.nearest(path)
+        return PlanError([Fault(message, self._file, mark.line, mark.column)])
 
 
 @dataclass
@@ -127,7 +135,8 @@ def read_tune(plan: str | os.PathLike[str] | Mapping[str, Any]) -> TuneReading:
         return found
     found.plan = built(TunePlan, reading, _EXAMPLES)
     if found.plan is not None:
-        found.plan._text = reading.text
+        found.plan._text, found.plan._marks = reading.text, reading.marks
+        found.plan._file = reading.file
         _check(found.plan, reading)
     found.tuner, found.objective = made(reading, "tuner"), made(reading, "objective", "sft")
     _check_output(found)

@@ -153,8 +153,6 @@ def tune_card(
 ) -> str:
     """Return the README.md of a tuned model."""
     tuner, objective = plan.tuner.method, plan.objective.method
-    picture = "![loss](curves.png)\n\n" if "curves.png" in curves else ""
-    rows = [f"- {key.replace('_', ' ')}: {_said(value)}" for key, value in facts.items()]
     return card.joined(
         [
             card.front(resolution, "finetune"),
@@ -163,11 +161,18 @@ def tune_card(
             f"- **Tuner** `{tuner}`: {registry.summary(tuner)}",
             f"- **Objective** `{objective}`: {registry.summary(objective)}",
             card.models(resolution),
-            f"## Training\n\n{picture}" + "\n".join(rows),
+            training_section(facts, curves),
             f"## Plan\n\n{card.fenced(plan.text.strip(), 'yaml')}\n\n`{PLAN}` holds the same text.",
             card.receipt_of(receipt),
         ]
     )
+
+
+def training_section(facts: Mapping[str, Any], curves: Iterable[str]) -> str:
+    """Return what a card says of the training."""
+    picture = "![loss](curves.png)\n\n" if "curves.png" in curves else ""
+    rows = [f"- {key.replace('_', ' ')}: {_said(value)}" for key, value in facts.items()]
+    return f"## Training\n\n{picture}" + "\n".join(rows)
 
 
 def _said(value: Any) -> str:

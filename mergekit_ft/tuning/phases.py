@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from mergekit_ft.data.batches import Collator, Groups, batches
-from mergekit_ft.errors import OperatorError, PlanError
-from mergekit_ft.learning import Objective, Pace, Selection, Subject, Tuner
+from mergekit_ft.errors import OperatorError
+from mergekit_ft.learning import Adaptation, Misfit, Objective, Pace, Selection, Subject, Tuner
 from mergekit_ft.models.opening import Base
 from mergekit_ft.options import Options
 from mergekit_ft.plan.tuning import TunePlan
@@ -57,7 +58,8 @@ class Phases:
         self.objective = self._fitted(objective)
         self._place()
         self.subject = self._subject()
-        self.trained = Trained(base.parameters, Selection())
+        self.adaptation = self._adapted()
+        self.trained = Trained(self.subject.parameters, Selection())
         self.reference = self._frozen_copy()
 
     def train(self) -> dict[str, Any]:
@@ -79,22 +81,26 @@ class Phases:
         return facts
 
     def held(self) -> dict[str, Tensor]:
-        """Return every tensor that may differ from the base's, by the checkpoint's names."""
-        return {name: self.base.parameters[name] for name in sorted(self.trained.touched)}
+        """Return every tensor that may differ from the base's, by the checkpoint's names.
+
+        Of a tuning that adapts: the adapter's, by its own.
+        """
+        return {name: self.subject.parameters[name] for name in sorted(self.trained.touched)}
 
     # ---- before
 
     def _fitted(self, objective: Objective) -> Objective:
         used = {token for group in self.samples for sample in group for token in sample.tokens}
         vocabulary = self.base.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        with _told("objective", self.plan.objective.method):
+        with _told(self.plan, "objective"):
             return objective.fitted(vocabulary, used)
 
     def _place(self) -> None:
         """Put the model where it trains, in the precision that it trains in."""
         training, base = self.plan.training, self.base
         self.autocast = _wanted(training.precision, self.device) == "bfloat16"
-        if self.autocast and self.tuner.sparse and base.stored_in() == {"BF16"}:
+        frozen = self.tuner.sparse or self.tuner.adapts
+        if self.autocast and frozen and base.stored_in() == {"BF16"}:
             base.model.to(torch.bfloat16)  # frozen weights as they are stored
         if training.gradient_checkpointing:
             base.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -117,9 +123,18 @@ class Phases:
             lambda size: batches(self.samples, size, self.collator),
         )
 
+    def _adapted(self) -> Adaptation | None:
+        """Put the tuner's adapter into the model, if it has one; that is then what trains."""
+        if not self.tuner.adapts:
+            return None
+        with _told(self.plan, "tuner"):
+            adaptation = self.tuner.adapted(self.subject)
+        self.subject = replace(self.subject, parameters=adaptation.parameters)
+        return adaptation
+
     def _frozen_copy(self) -> nn.Module | None:
         """Return the model as it is, where the objective needs it and it cannot be set back."""
-        if not self.objective.reference or self.tuner.sparse:
+        if not self.objective.reference or self.tuner.sparse or self.tuner.adapts:
             return None
         return copy.deepcopy(self.base.model).eval().requires_grad_(False)
 
@@ -130,7 +145,7 @@ class Phases:
         folder = self.work / f"phase-{phase + 1}"
         folder.mkdir(exist_ok=True)
         self._begin(phase, folder)
-        count = self.trained.selection.count(self.base.parameters)
+        count = self.trained.selection.count(self.subject.parameters)
         self.subject.earlier.append(self.trained.selection)
         if (folder / DONE).is_file():
             self.trained.restore(load_file(folder / DONE))
@@ -156,15 +171,15 @@ class Phases:
         if start.is_file():
             self.trained.restore(load_file(start))
             return
-        with _told("tuner", self.plan.tuner.method):
+        with _told(self.plan, "tuner"):
             selection = self.tuner.select(self.subject, phase)
-        if not selection.count(self.base.parameters):
+        if not selection.count(self.subject.parameters):
             raise OperatorError(f"{self.plan.tuner.method} selects nothing to train in this model")
         back = self.tuner.rewinds(phase)
         if back is not None:
             self._rewind(back)
         touched = self.trained.touched
-        self.trained = Trained(self.base.parameters, selection)
+        self.trained = Trained(self.subject.parameters, selection)
         self.trained.touched |= touched
         _save(self.trained.state(), start)
 
@@ -193,6 +208,7 @@ class Phases:
             self.pace,
             self.reference,
             self.autocast,
+            self.adaptation,
         )
 
     def _end(self, folder: Path, watching: Curves) -> None:
@@ -238,12 +254,14 @@ class Phases:
 
 
 @contextmanager
-def _told(word: str, method: str) -> Iterator[None]:
-    """Turn what a method cannot do with this model into an error of the plan."""
+def _told(plan: TunePlan, word: str) -> Iterator[None]:
+    """Turn what a method cannot do with this model into an error of the plan, with its place."""
+    method = getattr(plan, word).method
     try:
         yield
     except (ValueError, OSError) as error:
-        raise PlanError(f"{word}: {method}: {error}") from error
+        at = error.at if isinstance(error, Misfit) else ()
+        raise plan.refused((word, method, *at), f"{word}: {method}: {error}") from error
 
 
 def _wanted(precision: str, device: torch.device) -> str:

@@ -22,6 +22,7 @@ from mergekit_ft.learning import Objective
 from mergekit_ft.models.opening import Base, open_base, quiet
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.plan.tuning import TunePlan, read_tune
+from mergekit_ft.tuning.adapters import merged, require_plain, write_adapter
 from mergekit_ft.tuning.outputs import TuneStory, write_delta, write_full
 from mergekit_ft.tuning.phases import Phases
 from mergekit_ft.tuning.watching import write_curves
@@ -65,6 +66,8 @@ def _tuned(
     _require_one_process()
     output = words.output or tuner.gives[0]
     _refuse_what_is_there(to, output, chosen)
+    if output == "adapter":
+        require_plain(words)
     rows = _rows(words, objective)
     base = open_base(words.base, offline=chosen.offline)
     notes: list[str] = []
@@ -73,16 +76,35 @@ def _tuned(
     phases = Phases(words, tuner, objective, base, train, validation, chosen, work, show)
     facts = phases.train()
     try:
-        if output == "delta":
-            curves = phases.entries
-            write_delta(base.source, phases.held(), to, words, facts, curves, chosen, watcher)
-        else:
-            story = TuneStory(words, facts, work, tuple(write_curves(phases.entries, work)))
-            write_full(words.base, phases.held(), to, story, chosen, watcher)
+        _write(output, words, base, phases, facts, work, to, chosen, watcher)
     finally:
         watcher.close()
     shutil.rmtree(work)
     return Tuned(to, facts, notes)
+
+
+def _write(
+    output: str,
+    plan: TunePlan,
+    base: Base,
+    phases: Phases,
+    facts: dict[str, Any],
+    work: Path,
+    out: Path,
+    options: Options,
+    watcher: Progress,
+) -> None:
+    """Write what was learned, as the plan asks."""
+    adaptation, curves = phases.adaptation, phases.entries
+    story = TuneStory(plan, facts, work, tuple(write_curves(curves, work)))
+    if output == "adapter" and adaptation is not None:
+        write_adapter(base.source, adaptation, out, story, options)
+        return
+    held = phases.held() if adaptation is None else merged(base.source, adaptation, work)
+    if output == "delta":
+        write_delta(base.source, held, out, plan, facts, curves, options, watcher)
+    else:
+        write_full(plan.base, held, out, story, options, watcher)
 
 
 def _require_one_process() -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
 from mergekit_ft.data.batches import Collator, Groups, batches
-from mergekit_ft.learning import Objective, Pace, Subject, Tuner
+from mergekit_ft.learning import Adaptation, Objective, Pace, Subject, Tuner
 from mergekit_ft.tuning.saying import said
 from mergekit_ft.tuning.trained import Trained
 
@@ -39,6 +39,7 @@ class Work:
     pace: Pace
     reference: nn.Module | None = None  # a frozen copy, where the model cannot be set back
     autocast: bool = False  # products in bfloat16
+    adaptation: Adaptation | None = None  # where an adapter trains
     norms: list[float] = field(default_factory=list)  # of gradients, since the last log
 
 
@@ -121,7 +122,10 @@ class TuningTrainer(Trainer):
             return work.objective.total(said(model, shown, batch, reference, before))
 
     def _before(self) -> AbstractContextManager[Any]:
-        return self.work.trained.set_back(self.work.subject.origin)
+        work = self.work
+        if work.adaptation is not None:
+            return work.adaptation.without()
+        return work.trained.set_back(work.subject.origin)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if not self.work.autocast:
