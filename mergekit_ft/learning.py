@@ -70,11 +70,16 @@ class Selection:
 
 
 class Misfit(ValueError):
-    """A parameter of a method that does not fit the model; `at` leads to it in the plan."""
+    """A parameter of a method that does not fit the model; `at` leads to it in the plan.
 
-    def __init__(self, message: str, at: tuple[str | int, ...]) -> None:
+    `word` is what does not fit, where it should have been one of `words`.
+    """
+
+    def __init__(
+        self, message: str, at: tuple[str | int, ...], word: str = "", words: Iterable[str] = ()
+    ) -> None:
         super().__init__(message)
-        self.at = at
+        self.at, self.word, self.words = at, word, tuple(words)
 
 
 class Adaptation(Protocol):

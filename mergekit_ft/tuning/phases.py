@@ -25,6 +25,7 @@ from mergekit_ft.learning import Adaptation, Misfit, Objective, Pace, Selection,
 from mergekit_ft.models.opening import Base
 from mergekit_ft.options import Options
 from mergekit_ft.plan.tuning import TunePlan
+from mergekit_ft.registry import did_you_mean
 from mergekit_ft.tuning.trained import Trained
 from mergekit_ft.tuning.trainer import TuningTrainer, Work
 from mergekit_ft.tuning.watching import CURVES, Curves
@@ -259,9 +260,12 @@ def _told(plan: TunePlan, word: str) -> Iterator[None]:
     method = getattr(plan, word).method
     try:
         yield
+    except Misfit as error:
+        near = did_you_mean(error.word, error.words)
+        told = f"{word}: {method}: {error}{near}"
+        raise plan.refused((word, method, *error.at), told) from error
     except (ValueError, OSError) as error:
-        at = error.at if isinstance(error, Misfit) else ()
-        raise plan.refused((word, method, *at), f"{word}: {method}: {error}") from error
+        raise plan.refused((word, method), f"{word}: {method}: {error}") from error
 
 
 def _wanted(precision: str, device: torch.device) -> str:

@@ -21,7 +21,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mergekit_ft.learning import Adaptation, Misfit, Selection, Subject, Tuner
-from mergekit_ft.registry import did_you_mean
 
 NAME = "default"  # peft's, of the adapter in the model
 
@@ -58,7 +57,7 @@ class Lora(Tuner):
         start: Any = "gaussian" if self.init == "gaussian" else True
         config = LoraConfig(**words, target_modules=chosen, init_lora_weights=start)
         with _drawn(subject.seed):
-            model: Any = get_peft_model(subject.model, config)  # type: ignore[arg-type]
+            model: Any = get_peft_model(subject.model, config)
         return _Adaptation(model, tuple(chosen), others, changes, words)
 
     def select(self, subject: Subject, phase: int) -> Selection:
@@ -82,8 +81,9 @@ class Lora(Tuner):
         for at, pattern in enumerate(self.targets or ()):
             hits = {name for name in layers if _matches(name, pattern)}
             if not hits:
-                near = did_you_mean(pattern, [*{n.rpartition(".")[2]: 0 for n in layers}, *layers])
-                raise Misfit(f"'{pattern}' is no linear layer besides heads{near}", ("targets", at))
+                told = f"'{pattern}' is no linear layer besides heads"
+                words = [*dict.fromkeys(name.rpartition(".")[2] for name in layers), *layers]
+                raise Misfit(told, ("targets", at), pattern, words)
             found |= hits
         if not found:
             raise Misfit("names no layer; leave `targets` out for all of them", ("targets",))
@@ -147,5 +147,5 @@ def _matches(name: str, pattern: str) -> bool:
 def _drawn(seed: int) -> Iterator[None]:
     """Let peft draw from a stream that only the seed decides, and leave the global one alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
