@@ -10,8 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 from mergekit_ft import registry
+from mergekit_ft.plan import ModelReference
 from mergekit_ft.plan.fields import parameters_of
 from mergekit_ft.plan.tuning import read_tune
+from mergekit_ft.resolution.opening import open_reference
 from mergekit_ft.tuning import tune
 from tests.cards import SECTIONS, section, shown, table
 from tests.tuned import ROWS, rows, small_base
@@ -57,9 +59,12 @@ def test_a_methods_plan_runs_and_changes_the_base(
     plan = METHODS / name / "plan.yaml"
     made = tune(plan, "out")
     assert made.facts["trained"] > 0
-    before, after = (load_file(f"{folder}/model.safetensors") for folder in ("base", "out"))
-    assert before.keys() == after.keys()
-    assert any(not bool((before[key] == after[key]).all()) for key in before)
+    adapter = Path("out", "adapter_config.json").exists()
+    words = {"model": "base", "adapter": "out"} if adapter else "out"
+    before = load_file("base/model.safetensors")
+    with open_reference(ModelReference.model_validate(words)) as after:
+        assert before.keys() == after.keys()
+        assert any(not bool((before[key] == after.tensor(key)).all()) for key in before)
 
 
 @pytest.mark.parametrize("name", LEARNED)
