@@ -225,6 +225,19 @@ def test_as_many_bytes_are_kept_as_announced(plan: Words, tmp_path: Path) -> Non
     assert made.weights.story["calibration"]["rounding"] < 1e-3
 
 
+def test_a_model_larger_than_memory_is_run_layer_by_layer(plan: Words, tmp_path: Path) -> None:
+    words = changed(plan, dtype="float32")
+    whole = fit(words, tmp_path / "a.json", cache=tmp_path / "a")
+    parts = fit(words, tmp_path / "b.json", cache=tmp_path / "b", memory=1)
+    for role, path in whole.collection.files.items():
+        one, other = load_file(path), load_file(parts.collection.files[role])
+        for name in one:
+            assert torch.allclose(one[name], other[name], atol=1e-4), (role, name)
+    assert list(parts.weights.alpha.values()) == pytest.approx(
+        list(whole.weights.alpha.values()), abs=1e-3
+    )
+
+
 def test_what_is_kept_is_not_asked_for_again(
     plan: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,13 @@ def fuse() -> None:
     type=click.Path(file_okay=False),
     help="Keep what the models said in this folder, for other fits; else it is deleted.",
 )
+@click.option(
+    "--memory",
+    type=settings.SIZE,
+    default="1GiB",
+    show_default=True,
+    help="A model that takes more in float32 is run layer by layer.",
+)
 @click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.json.")
 @settings.offline

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from mergekit_ft import __version__
 from mergekit_ft.data.rows import UNSCORED
-from mergekit_ft.errors import SourceError, WriteError
+from mergekit_ft.errors import OperatorError, SourceError, WriteError
 from mergekit_ft.fusing import Heard
 from mergekit_ft.fusion.recording import LOGS, SAID, Recording, Shape
 from mergekit_ft.fusion.texts import Texts
 from mergekit_ft.models.opening import around, open_speaker
+from mergekit_ft.models.speaker import ModelSpeaker
+from mergekit_ft.models.streaming import Streamed
 from mergekit_ft.options import Options, Progress
 from mergekit_ft.plan import ModelReference
 from mergekit_ft.sources import Source
@@ -200,13 +202,28 @@ def collect(
             continue
         progress.start(texts.places, f"hearing {role} ({shape.nbytes:,} bytes to keep)")
         try:
-            reference = models.references[role]
-            device = options.torch_device
-            speaker = open_speaker(reference, device=device, offline=options.offline)
-            seconds[role] = recording.record(speaker, identities[role], progress.advance)
+            model = _opened(models.references[role], models.sources[role], options)
+            with _by(role):
+                seconds[role] = recording.record(model, identities[role], progress.advance)
         finally:
             progress.close()
     return Collection(texts, {role: r.path for role, r in found.items()}, shape, seconds)
+
+
+def _opened(reference: ModelReference, source: Source, options: Options) -> ModelSpeaker | Streamed:
+    """Return a model in memory, or one that is read layer by layer where it is too large."""
+    if 4 * sum(info.numel for info in source.values()) > options.memory:
+        return Streamed(source, device=options.torch_device)
+    return open_speaker(reference, device=options.torch_device, offline=options.offline)
+
+
+@contextmanager
+def _by(role: str) -> Iterator[None]:
+    """Tell which model met an error."""
+    try:
+        yield
+    except OperatorError as error:
+        raise OperatorError(f"{role}: {error}") from error
 
 
 def _identity(

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from mergekit_ft.fusion.texts import Texts, scored
 from mergekit_ft.journal import Journal
 from mergekit_ft.models.decoding import padded
 from mergekit_ft.models.speaker import Speaker
+from mergekit_ft.models.streaming import Batch, Streamed
 from mergekit_ft.sources.dtypes import CODE, SIZE
 
 LOGS, SAID = "log_probabilities", "said"  # tensors of a file
@@ -90,11 +92,11 @@ class Recording:
         """Return the bytes that it takes on disk now."""
         return self.path.stat().st_blocks * 512 if self.path.is_file() else 0
 
-    def record(self, speaker: Speaker, identity: str, watch: Watch) -> float:
+    def record(self, model: Speaker | Streamed, identity: str, watch: Watch) -> float:
         """Ask for what is missing; return the seconds. WriteError where a disk is full."""
         began = time.monotonic()
         try:
-            self._record(speaker, identity, watch)
+            self._record(model, identity, watch)
         except OSError as error:
             raise WriteError(
                 f"{self.path}: cannot be written: {error.strerror or error}; what is there is kept "
@@ -102,7 +104,7 @@ class Recording:
             ) from error
         return time.monotonic() - began
 
-    def _record(self, speaker: Speaker, identity: str, watch: Watch) -> None:
+    def _record(self, model: Speaker | Streamed, identity: str, watch: Watch) -> None:
         if not self.path.is_file():
             self.journal.unlink(missing_ok=True)
         journal = Journal(self.journal, identity)
@@ -111,26 +113,41 @@ class Recording:
             header = self.shape.header()
             os.pwrite(descriptor, header, 0)
             os.ftruncate(descriptor, len(header) + self.shape.nbytes)
-            for number, rows in enumerate(self.batches):
-                if str(number) not in journal.findings:
-                    self._put(descriptor, len(header), rows, speaker)
-                    os.fsync(descriptor)
-                    journal.note_finding(str(number), len(rows))
-                    journal.flush()
-                watch(sum(scored(self.samples[i]) for i in rows))
+            left = [n for n in range(len(self.batches)) if str(n) not in journal.findings]
+            watch(sum(map(self._count, set(range(len(self.batches))) - set(left))))
+            for number, logs in zip(left, self._heard(model, left), strict=True):
+                self._put(descriptor, len(header), self.batches[number], logs)
+                os.fsync(descriptor)
+                journal.note_finding(str(number), len(self.batches[number]))
+                journal.flush()
+                watch(self._count(number))
         finally:
             os.close(descriptor)
             journal.close()
 
-    def _put(self, descriptor: int, start: int, rows: Sequence[int], speaker: Speaker) -> None:
+    def _count(self, number: int) -> int:
+        return sum(scored(self.samples[i]) for i in self.batches[number])
+
+    def _heard(self, model: Speaker | Streamed, left: list[int]) -> Iterator[Tensor]:
+        """Yield (m, vocabulary) float32 log-probabilities of each batch that is missing."""
+        groups = [[self.samples[i] for i in self.batches[number]] for number in left]
+        vocabulary = self.shape.vocabulary
+        if not isinstance(model, Streamed):
+            for group in groups:
+                yield said(model, group, vocabulary)[0]
+            return
+        asked = [questions(group) for group in groups]
+        texts = [Batch(question.tokens, question.mask) for question in asked]
+        wanted = [(where[:, 0], where[:, 1]) for where in (q.at.nonzero() for q in asked)]
+        for logits in model.logits(texts, wanted):
+            yield torch.log_softmax(logits[:, :vocabulary].float().cpu(), -1)
+
+    def _put(self, descriptor: int, start: int, rows: Sequence[int], logs: Tensor) -> None:
         """Write a batch to its places."""
-        logs, targets = said(speaker, [self.samples[i] for i in rows], self.shape.vocabulary)
+        targets = questions([self.samples[i] for i in rows]).targets
         true = logs.gather(1, targets[:, None])[:, 0]
         if not bool(torch.isfinite(true).all()):
-            raise OperatorError(
-                f"{getattr(speaker, 'name', 'the model')} gives a scored token no finite "
-                "log-probability"
-            )
+            raise OperatorError("the model gives a scored token no finite log-probability")
         width = self.shape.vocabulary * self.shape.size
         second = start + self.shape.places * width
         stored = logs.clamp_(min=FLOOR).to(self.shape.dtype)
@@ -164,12 +181,26 @@ def batches(samples: Sequence[Sample]) -> list[list[int]]:
     return found
 
 
-def said(speaker: Speaker, samples: Sequence[Sample], vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Return (m, vocabulary) float32 log-probabilities at scored places and (m,) what came."""
+class Questions(NamedTuple):
+    """Samples as one rectangle."""
+
+    tokens: Tensor  # (b, n), padded on the right
+    mask: Tensor  # (b, n) 1 where there is a token
+    at: Tensor  # (b, n) where the next token is scored
+    targets: Tensor  # (m,) the tokens that came there
+
+
+def questions(samples: Sequence[Sample]) -> Questions:
+    """Return what is asked about some samples."""
     tokens, mask = padded([sample.tokens for sample in samples], 0, left=False)
     labels, _ = padded([sample.labels for sample in samples], UNSCORED, left=False)
     at = torch.zeros_like(mask, dtype=torch.bool)
     at[:, :-1] = labels[:, 1:] != UNSCORED
-    targets = labels[:, 1:][at[:, :-1]]
+    return Questions(tokens, mask, at, labels[:, 1:][at[:, :-1]])
+
+
+def said(speaker: Speaker, samples: Sequence[Sample], vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Return (m, vocabulary) float32 log-probabilities at scored places and (m,) what came."""
+    tokens, mask, at, targets = questions(samples)
     logits = speaker.read(tokens, mask, at)[:, :vocabulary].float().cpu()
     return torch.log_softmax(logits, -1), targets

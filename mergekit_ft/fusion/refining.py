@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from mergekit_ft.algebra.fused import fuse, shifts
-from mergekit_ft.data.rows import UNSCORED, Sample
+from mergekit_ft.data.rows import Sample
 from mergekit_ft.errors import OperatorError, SourceError
 from mergekit_ft.fusion.collecting import Collection, Recorded
-from mergekit_ft.fusion.recording import batches
+from mergekit_ft.fusion.recording import batches, questions
 from mergekit_ft.fusion.texts import scored
 from mergekit_ft.fusion.verifying import places_of
-from mergekit_ft.models.decoding import padded
 from mergekit_ft.models.opening import Base
 from mergekit_ft.sources import Source
 
@@ -166,10 +165,7 @@ class Refiner:
 
     def _said(self, samples: list[Sample]) -> Tensor:
         """Return (m, vocabulary) float32 log-probabilities at scored places, with gradient."""
-        tokens, mask = padded([sample.tokens for sample in samples], 0, left=False)
-        labels, _ = padded([sample.labels for sample in samples], UNSCORED, left=False)
-        at = torch.zeros_like(mask, dtype=torch.bool)
-        at[:, :-1] = labels[:, 1:] != UNSCORED
+        tokens, mask, at, _ = questions(samples)
         model: Any = self.base.model
         head = model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, given: (given[0][at], *given[1:]))
