@@ -30,6 +30,10 @@ class Pace:
     epsilon: float
 
 
+def _no_rows(file: str) -> Iterator[Batch]:
+    raise ValueError(f"{file}: there is no tokenizer to read rows with")
+
+
 @dataclass(frozen=True)
 class Subject:
     """What a tuner sees: a model, and what is planned for it."""
@@ -42,6 +46,7 @@ class Subject:
     origin: Callable[[str], Tensor]  # a parameter as it was before tuning: host, float32
     batches: Callable[[int], Iterator[Batch]]  # of training data, in order, for calibration
     earlier: list[Selection] = field(default_factory=list)  # what trained in the phases before
+    rows_of: Callable[[str], Iterator[Batch]] = _no_rows  # of a file, one by one
 
     def matrices(self) -> dict[str, tuple[nn.Module, nn.Parameter]]:
         """Return the weights of linear layers by name, heads apart."""
@@ -94,6 +99,9 @@ class Adaptation(Protocol):
     def without(self) -> AbstractContextManager[Any]:
         """Let the model be what it was, for a while; no gradients meanwhile."""
 
+    def moved(self) -> bool:
+        """Say whether anything was learned."""
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what trained, as peft names it in a file: host."""
 
@@ -114,12 +122,18 @@ class Tuner(Learned):
     epsilon: ClassVar[float] = 1e-8
     sparse: ClassVar[bool] = False  # whether only entries train, in every phase
     adapts: ClassVar[bool] = False  # whether an adapter trains, and the model's own weights do not
+    residual: ClassVar[bool] = False  # whether with its adapter off a model is no longer the base
     gives: ClassVar[tuple[str, ...]] = ("full", "delta")  # the outputs, the usual one first
 
     @property
     def phases(self) -> int:
         """Return how often the training runs."""
         return 1
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Return the files that it reads, apart from the plan's data."""
+        return ()
 
     def rewinds(self, phase: int) -> int | None:
         """Return the phase to whose start the weights go back before this one, if they do."""

@@ -68,7 +68,9 @@ def _fill(
 ) -> None:
     """Write the weights and the config."""
     tensors = adaptation.tensors()
-    _require_sound(tensors, unchanged_allowed)
+    _require_finite(tensors)
+    if not unchanged_allowed and not adaptation.moved():
+        raise OperatorError("nothing was learned: the adapter changes nothing")
     for name, tensor in tensors.items():
         folder.append(name, tensor)
     words = config_words(
@@ -81,14 +83,11 @@ def _fill(
     folder.seal({**words, **adaptation.words}, NAME)
 
 
-def _require_sound(tensors: Mapping[str, Tensor], unchanged_allowed: bool) -> None:
-    """Refuse weights that are no numbers, and an adapter that changes nothing."""
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are no numbers."""
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise OperatorError(f"{bad[0]} is not finite: lower the learning rate, or clip")
-    moved = any(bool(t.any()) for name, t in tensors.items() if name.endswith("lora_B.weight"))
-    if not moved and not unchanged_allowed:
-        raise OperatorError("nothing was learned: the adapter's B is zero everywhere")
 
 
 def _card(base: Source, story: TuneStory) -> str:

@@ -19,9 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
-from mergekit_ft.data.batches import Collator, Groups, batches
+from mergekit_ft.data.batches import Collator, Groups, batches, grouped
+from mergekit_ft.data.rows import Encoder, read_rows
 from mergekit_ft.errors import OperatorError
-from mergekit_ft.learning import Adaptation, Misfit, Objective, Pace, Selection, Subject, Tuner
+from mergekit_ft.learning import (
+    Adaptation,
+    Batch,
+    Misfit,
+    Objective,
+    Pace,
+    Selection,
+    Subject,
+    Tuner,
+)
 from mergekit_ft.models.opening import Base
 from mergekit_ft.options import Options
 from mergekit_ft.plan.tuning import TunePlan
@@ -59,9 +69,9 @@ class Phases:
         self.objective = self._fitted(objective)
         self._place()
         self.subject = self._subject()
+        self.reference = self._frozen_copy()
         self.adaptation = self._adapted()
         self.trained = Trained(self.subject.parameters, Selection())
-        self.reference = self._frozen_copy()
 
     def train(self) -> dict[str, Any]:
         """Run every phase; return what is to be told of them."""
@@ -100,7 +110,7 @@ class Phases:
         """Put the model where it trains, in the precision that it trains in."""
         training, base = self.plan.training, self.base
         self.autocast = _wanted(training.precision, self.device) == "bfloat16"
-        frozen = self.tuner.sparse or self.tuner.adapts
+        frozen = self.tuner.sparse or (self.tuner.adapts and not self.tuner.residual)
         if self.autocast and frozen and base.stored_in() == {"BF16"}:
             base.model.to(torch.bfloat16)  # frozen weights as they are stored
         if training.gradient_checkpointing:
@@ -122,7 +132,15 @@ class Phases:
             training.seed,
             base.origin,
             lambda size: batches(self.samples, size, self.collator),
+            rows_of=self._rows_of,
         )
+
+    def _rows_of(self, file: str) -> Iterator[Batch]:
+        """Yield the rows of a file as tokens, one by one."""
+        data = self.plan.data
+        encoder = Encoder(self.base.tokenizer, data.rows, data.max_length, data.packing)
+        samples = encoder.samples(read_rows((file,)))
+        return batches(grouped(samples, False), 1, self.collator)
 
     def _adapted(self) -> Adaptation | None:
         """Put the tuner's adapter into the model, if it has one; that is then what trains."""
@@ -135,7 +153,8 @@ class Phases:
 
     def _frozen_copy(self) -> nn.Module | None:
         """Return the model as it is, where the objective needs it and it cannot be set back."""
-        if not self.objective.reference or self.tuner.sparse or self.tuner.adapts:
+        back = self.tuner.sparse or (self.tuner.adapts and not self.tuner.residual)
+        if back or not self.objective.reference:
             return None
         return copy.deepcopy(self.base.model).eval().requires_grad_(False)
 

@@ -18,7 +18,7 @@ from mergekit_ft.data.batches import Groups, grouped
 from mergekit_ft.data.rows import Encoder, Row, read_rows
 from mergekit_ft.deltas.writing import SUFFIX
 from mergekit_ft.errors import PlanError, SourceError, WriteError
-from mergekit_ft.learning import Objective
+from mergekit_ft.learning import Objective, Tuner
 from mergekit_ft.models.opening import Base, open_base, quiet
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.plan.tuning import TunePlan, read_tune
@@ -72,7 +72,7 @@ def _tuned(
     base = open_base(words.base, offline=chosen.offline)
     notes: list[str] = []
     train, validation = _samples(words, objective, base, rows, notes)
-    work = _work(to, _identity(words, base, chosen), chosen)
+    work = _work(to, _identity(words, tuner, base, chosen), chosen)
     phases = Phases(words, tuner, objective, base, train, validation, chosen, work, show)
     facts = phases.train()
     try:
@@ -172,10 +172,11 @@ def _samples(
     return train, validation
 
 
-def _identity(plan: TunePlan, base: Base, options: Options) -> str:
+def _identity(plan: TunePlan, tuner: Tuner, base: Base, options: Options) -> str:
     """Return what two runs share exactly when one may finish the other's work."""
     data = plan.data
     named = [*data.train, *(data.validation if isinstance(data.validation, tuple) else ())]
+    named += [file for file in tuner.files if Path(file).expanduser().is_file()]
     digests = [hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in named]
     words = [__version__, plan.text, base.source.fingerprint(), digests]
     words.append(options.torch_device.type)

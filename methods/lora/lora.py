@@ -11,18 +11,12 @@ the sum. The layers are peft's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from mergekit_ft.learning import Adaptation, Misfit, Selection, Subject, Tuner
-
-NAME = "default"  # peft's, of the adapter in the model
+from mergekit_ft.adapting import Adapted, Places, drawn
+from mergekit_ft.learning import Adaptation, Selection, Subject, Tuner
 
 
 class Lora(Tuner):
@@ -48,17 +42,12 @@ class Lora(Tuner):
         """Put the factors into the model."""
         from peft import LoraConfig, get_peft_model
 
-        layers = _layers(subject)
-        chosen = list(layers) if self.targets is None else self._chosen(layers)
-        others = tuple(name for name, _ in subject.model.named_modules() if name not in chosen)
-        names = {id(parameter): name for name, parameter in subject.parameters.items()}
-        changes = tuple(names[id(layers[name].weight)] for name in chosen)
-        words = self._words(any(_transposed(layers[name]) for name in chosen))
+        places = Places(subject, self.targets)
+        words = self._words(places.transposed)
         start: Any = "gaussian" if self.init == "gaussian" else True
-        config = LoraConfig(**words, target_modules=chosen, init_lora_weights=start)
-        with _drawn(subject.seed):
-            model: Any = get_peft_model(subject.model, config)
-        return _Adaptation(model, tuple(chosen), others, changes, words)
+        config = LoraConfig(**words, target_modules=list(places.chosen), init_lora_weights=start)
+        with drawn(subject.seed):
+            return Adapted(get_peft_model(subject.model, config), places, words)
 
     def select(self, subject: Subject, phase: int) -> Selection:
         """Choose every factor."""
@@ -74,78 +63,3 @@ class Lora(Tuner):
             "use_dora": self.use_dora,
             "fan_in_fan_out": transposed,
         }
-
-    def _chosen(self, layers: Mapping[str, nn.Module]) -> list[str]:
-        """Return the layers that are named, in the model's order."""
-        found: set[str] = set()
-        for at, pattern in enumerate(self.targets or ()):
-            hits = {name for name in layers if _matches(name, pattern)}
-            if not hits:
-                told = f"'{pattern}' is no linear layer besides heads"
-                words = [*dict.fromkeys(name.rpartition(".")[2] for name in layers), *layers]
-                raise Misfit(told, ("targets", at), pattern, words)
-            found |= hits
-        if not found:
-            raise Misfit("names no layer; leave `targets` out for all of them", ("targets",))
-        return [name for name in layers if name in found]
-
-
-class _Adaptation(Adaptation):
-    """The factors in a model that peft has changed."""
-
-    def __init__(
-        self,
-        model: Any,
-        modules: tuple[str, ...],
-        others: tuple[str, ...],
-        changes: tuple[str, ...],
-        words: dict[str, Any],
-    ) -> None:
-        self._model, self.words = model, words
-        self.modules, self.others, self.changes = modules, others, changes
-        held = model.named_parameters()
-        self.parameters = {name: p for name, p in held if p.requires_grad}
-
-    def without(self) -> AbstractContextManager[Any]:
-        """Let the model be what it was, for a while."""
-        found: AbstractContextManager[Any] = self._model.disable_adapter()
-        return found
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what trained, as peft names it in a file."""
-        from peft import get_peft_model_state_dict
-
-        found = get_peft_model_state_dict(self._model, save_embedding_layers=False)
-        return {name: tensor.detach().cpu() for name, tensor in found.items()}
-
-
-def _layers(subject: Subject) -> dict[str, nn.Module]:
-    """Return the linear layers of a model by its own names, heads apart."""
-    names = {id(parameter): name for name, parameter in subject.parameters.items()}
-    head = getattr(subject.model, "get_output_embeddings", lambda: None)()
-    found: dict[str, nn.Module] = {}
-    for path, module in subject.model.named_modules():
-        if module is head or not (isinstance(module, nn.Linear) or _transposed(module)):
-            continue
-        name = names.get(id(module.weight))
-        if name is not None and subject.places[name].role != "head":
-            found[path] = module
-    return found
-
-
-def _transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # of transformers: its weight is (in, out)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Say whether a pattern is of a name, of its end, or of a module around it."""
-    forms = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-    return any(fnmatchcase(name, form) for form in forms)
-
-
-@contextmanager
-def _drawn(seed: int) -> Iterator[None]:
-    """Let peft draw from a stream that only the seed decides, and leave the global one alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -36,6 +36,11 @@ class Modules(Tuner):
             raise ValueError(f"give one of train, freeze and file, not {len(given)}")
         return self
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Return the file of patterns, if there is one."""
+        return () if self.file is None else (self.file,)
+
     def select(self, subject: Subject, phase: int) -> Selection:
         """Choose by name; a pattern that matches nothing is an error."""
         patterns = self._patterns()
