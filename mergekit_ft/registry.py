@@ -32,6 +32,7 @@ KINDS = {
     "adjustment": Kind("Adjustment", "a method that merges"),
     "tuner": Kind("Tuner", "a tuner, for `tuner:` of a tune plan"),
     "objective": Kind("Objective", "an objective, for `objective:` of a tune plan"),
+    "editor": Kind("Editor", "an editor, for `mergekit-ft edit`"),
     "probe": Kind("Probe", "a probe, for `mergekit-ft probe`"),
     "fusion": Kind("Fusion", "a fusion of logits, for `mergekit-ft fuse fit`"),
     "operator": Kind("Operator", "a method that merges"),
@@ -165,9 +166,16 @@ def _module_file(name: str) -> Path:
 
 
 def _only_class(module_name: str, attribute: str) -> Any:
-    from mergekit_ft import contract, fusing, learning, looking
+    from mergekit_ft import contract, fusing, learning, looking, rewriting
 
-    kinds = (contract.Operator, learning.Tuner, learning.Objective, looking.Probe, fusing.Fusion)
+    kinds = (
+        contract.Operator,
+        learning.Tuner,
+        learning.Objective,
+        looking.Probe,
+        fusing.Fusion,
+        rewriting.Editor,
+    )
     module = importlib.import_module(module_name)
     exported = [attribute] if attribute else list(getattr(module, "__all__", ()))
     found = [getattr(module, word, None) for word in exported]

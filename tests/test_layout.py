@@ -143,6 +143,7 @@ def test_a_methods_folder_is_whole(folder: Path) -> None:
     assert (ROOT / "tests" / "methods" / f"test_{name}.py").is_file()
     first = (folder / "plan.yaml").read_text(encoding="utf-8").splitlines()[0]
     commands = {"tuner": "tune", "objective": "tune", "probe": "probe", "fusion": "fuse fit"}
+    commands |= {"editor": "edit"}
     command = commands.get(registry.kind(name), "merge")
     out = "" if command == "probe" else " \\S"
     assert re.match(rf"# *mergekit-ft {command} methods/{name}/plan\.yaml{out}", first), first

@@ -15,6 +15,7 @@ from mergekit_ft.errors import PlanError
 from mergekit_ft.fusing import Fusion
 from mergekit_ft.learning import Objective, Tuner
 from mergekit_ft.looking import Probe
+from mergekit_ft.rewriting import Editor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,6 +63,7 @@ def test_every_method_is_one_class_of_its_kind() -> None:
         "objective": Objective,
         "probe": Probe,
         "fusion": Fusion,
+        "editor": Editor,
     }
     for kind, owed in kinds.items():
         assert all(issubclass(registry.of_kind(n, kind), owed) for n in registry.names(kind))

@@ -7,6 +7,7 @@ import click
 from mergekit_ft import __version__
 from mergekit_ft.cli.delta import delta
 from mergekit_ft.cli.differing import diff
+from mergekit_ft.cli.editing import edit
 from mergekit_ft.cli.edits import edits
 from mergekit_ft.cli.evaluating import evaluate
 from mergekit_ft.cli.fusing import fuse
@@ -41,6 +42,7 @@ COMMANDS = (
     tune,
     evaluate,
     fuse,
+    edit,
     edits,
     delta,
     lora,

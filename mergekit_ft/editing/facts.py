@@ -65,6 +65,16 @@ def read_edits(paths: Sequence[str | os.PathLike[str]]) -> list[Edit]:
     return found
 
 
+def edit_of(words: Any, where: str) -> Edit:
+    """Return an edit of our keys, as `words_of` gives them."""
+    try:
+        if not isinstance(words, dict):
+            raise ValueError("an edit is a JSON object")
+        return _edit(words, where)
+    except ValueError as error:
+        raise SourceError(f"{where}: {error}") from error
+
+
 def words_of(edit: Edit) -> dict[str, Any]:
     """Return an edit as a row of our JSONL; what it does not have is left out."""
     words: dict[str, Any] = {} if edit.id is None else {"id": edit.id}

@@ -17,6 +17,7 @@ from mergekit_ft.sources.delta_entries import Entries
 from mergekit_ft.sources.delta_file import Change, DeltaFile
 from mergekit_ft.sources.derived import derived
 from mergekit_ft.sources.dtypes import SIZE, TORCH
+from mergekit_ft.sources.files import Reader
 from mergekit_ft.sources.header import TensorInfo
 from mergekit_ft.sources.layout import listed
 from mergekit_ft.sources.low_rank import LowRank, Product, Saved, Stored, add
@@ -141,7 +142,7 @@ class _Landing:
             self._become(change, "values")
             return
         assert info is not None
-        stored = Stored(_Checked(self.base, change, self.delta), info)
+        stored = Stored(_Checked(self.base, change, self.delta, self.base.reader), info)
         if change.kind == "replace":
             self.recipes[name] = _Replaced(stored, Entries(self.delta, change), "values")
             return
@@ -177,7 +178,10 @@ class _Landing:
         old = self.base.get(name)
         file = self.base.files[0].name if old is None else old.file
         self.infos[name] = replace(held, name=name, file=file)
-        self.recipes[name] = Saved(Stored(self.delta.reader, held))
+        reader: Reader = self.delta.reader
+        if part == "values":  # of this base, not of another one
+            reader = _Checked(self.base, change, self.delta, reader)
+        self.recipes[name] = Saved(Stored(reader, held))
         if old is not None and old.shape != held.shape:
             self._resize(name, old, held)
 
@@ -210,13 +214,13 @@ def _is_new(change: Change) -> bool:
 
 
 class _Checked:
-    """Reads a base's tensor once its bytes were found to be those that a delta is for."""
+    """Reads once the bytes of a base's tensor were found to be those that a delta is for."""
 
-    def __init__(self, base: Source, change: Change, delta: DeltaFile) -> None:
-        self._base, self._change, self._delta = base, change, delta
-        self._fine = False
+    def __init__(self, base: Source, change: Change, delta: DeltaFile, below: Reader) -> None:
+        self._base, self._change, self._delta, self._below = base, change, delta, below
+        self._fine = change.sha256 is None
         self._lock = threading.Lock()
-        self.overhead = base.reader.overhead + HASHED
+        self.overhead = below.overhead + base.reader.overhead + HASHED
 
     def read_into(self, info: TensorInfo, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of the tensor from `start` on."""
@@ -224,15 +228,15 @@ class _Checked:
             if not self._fine:
                 require_base(self._base, self._change, self._delta)
                 self._fine = True
-        self._base.reader.read_into(info, start, into)
+        self._below.read_into(info, start, into)
 
     def will_need(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Say that these bytes will be read soon."""
-        self._base.reader.will_need(info, start, nbytes)
+        self._below.will_need(info, start, nbytes)
 
     def close(self) -> None:
         """Give back what is held open."""
-        self._base.reader.close()
+        self._below.close()
 
 
 def tensor_hash(source: Source, name: str) -> str:

@@ -1,0 +1,144 @@
+"""edit(): a plan -> edits -> a few tensors rewritten -> a delta file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_ft.deltas.extract import Asked, between
+from mergekit_ft.deltas.pairs import Choice
+from mergekit_ft.deltas.writing import SUFFIX
+from mergekit_ft.editing.encoding import Encoder
+from mergekit_ft.editing.facts import Edit, edit_of, read_edits, words_of
+from mergekit_ft.editing.training import Taught, teach
+from mergekit_ft.errors import PlanError, SourceError, WriteError
+from mergekit_ft.models.opening import around, quiet
+from mergekit_ft.options import Options, Progress, Unwatched
+from mergekit_ft.plan.editing import EditPlan, read_edit
+from mergekit_ft.sources import Source
+from mergekit_ft.sources.delta_file import open_delta
+from mergekit_ft.sources.patched import tensor_hash
+from mergekit_ft.teaching import Teacher
+from mergekit_ft.tuning.outputs import in_memory
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What an editing made."""
+
+    out: Path
+    tensors: list[str]  # that changed
+    nbytes: int  # of the delta
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def edit(
+    plan: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Edited:
+    """Carry out an edit plan and write what it changes to the delta file `out`.
+
+    Options are fields of `Options`; `say` hears how far it is. Raises `MergekitError` and leaves no
+    `out` behind; the same plan gives the same delta, so that a run that was stopped is run again.
+    """
+    chosen, to = Options(**options), Path(out)
+    words, editor = read_edit(plan)
+    if not isinstance(editor, Teacher):
+        raise PlanError(f"{words.editor.method} is of no class of editors that is known here")
+    _refuse_what_is_there(to, chosen)
+    edits = read_edits(words.edits)
+    with quiet():
+        source, tokenizer = around(words.base, offline=chosen.offline)
+        edits = [*_extended(words, source), *edits]
+        _require_one_target(edits)
+        made = teach(
+            editor,
+            source,
+            Encoder(tokenizer, words.template, eos=words.eos),
+            edits,
+            seed=words.seed,
+            budget=chosen.memory,
+            device=chosen.torch_device,
+            say=say,
+        )
+    return _write(source, made, to, words, edits, chosen, progress or Unwatched())
+
+
+def _refuse_what_is_there(to: Path, options: Options) -> None:
+    if to.suffix != SUFFIX:
+        raise WriteError(
+            f"{to}: an edit is a delta file, whose name ends in {SUFFIX}; `mergekit-ft delta "
+            "apply` makes a checkpoint of it"
+        )
+    if os.path.lexists(to) and not options.overwrite:
+        raise WriteError(f"{to} exists; give --overwrite, or another name")
+
+
+def _require_one_target(edits: Sequence[Edit]) -> None:
+    """Refuse prompts that are to be answered in two ways; a model can say but one."""
+    said: dict[str, Edit] = {}
+    faults = []
+    for made in edits:
+        before = said.setdefault(made.prompt.strip(), made)
+        if before.target.strip() != made.target.strip():
+            faults.append(f"{made.where}: the prompt of {before.where}, with another target")
+    if faults:
+        more = f"\n... and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise SourceError("\n".join(faults[:10]) + more)
+
+
+def _extended(words: EditPlan, source: Source) -> list[Edit]:
+    """Return the edits of the delta that is extended, which is of this base as it was."""
+    if words.extend is None:
+        return []
+    path = Path(words.extend).expanduser()
+    delta = open_delta(path, words.extend)
+    rows = (delta.words.get("provenance") or {}).get("edits")
+    if not isinstance(rows, list) or not rows:
+        raise SourceError(f"{path}: holds no edits; only what `mergekit-ft edit` wrote is extended")
+    for name, change in delta.changes.items():
+        if name not in source or tensor_hash(source, name) != change.sha256:
+            raise SourceError(
+                f"{path}: is an edit of another base, by its tensor {name}; edits are taught anew "
+                "from the original, so name that as the base"
+            )
+    return [edit_of(row, f"{path}: edit {i}") for i, row in enumerate(rows, start=1)]
+
+
+def _write(
+    source: Source,
+    made: Taught,
+    to: Path,
+    words: EditPlan,
+    edits: Sequence[Edit],
+    chosen: Options,
+    watcher: Progress,
+) -> Edited:
+    """Write what changed, with the edits, so that they can be taught again."""
+    curve = [{k: v for k, v in entry.items() if k != "batches"} for entry in made.curve]
+    told = {
+        "method": words.editor.method,
+        "parameters": dict(words.editor.parameters),
+        "seed": words.seed,
+        "provenance": {
+            "plan": words.text,
+            "edits": [words_of(made) for made in edits],
+            "facts": made.facts,
+            "curve": curve,
+        },
+    }
+    try:
+        with in_memory(source, made.held) as edited:
+            delta = between(source, edited, to, Asked(), Choice(), chosen, watcher, told)
+    finally:
+        watcher.close()
+    facts = {"edits": len(edits), **made.facts}
+    return Edited(to, delta.tensors, delta.nbytes, facts, [*made.notes, *delta.notes])
