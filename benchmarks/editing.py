@@ -1,4 +1,4 @@
-"""What editing by the layers above costs: CPU time of an epoch against the whole model's, and memory.
+"""What editing by the layers above costs: CPU time of an epoch against the whole model's; memory.
 
     python benchmarks/editing.py BASE EDITS [--layer 22] [--count 100] [--batch 10]
 

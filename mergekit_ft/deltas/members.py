@@ -148,7 +148,8 @@ def _head(members: list[Member], named: str | None) -> Member | None:
         told = "; ".join(f"{member.name} ({listed(member.dense)})" for member in holding)
         raise SourceError(
             f"several members hold tensors whole, which are not added up: {told}; --head names "
-            "the one to take them from"
+            "the one to take them from, and a merge plan averages the models that they make "
+            "(`model: BASE` with `delta: FILE`)"
         )
     return holding[0] if holding else None
 
