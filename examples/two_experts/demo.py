@@ -57,10 +57,7 @@ def tell(story: Story) -> Figures:
     """Make every checkpoint, measure it, and write the figures."""
     paths = {"base": make_base(story), **make_experts(story), **make_merges(story)}
     step("Measuring all of them on held-out items and on neutral text")
-    figures: Figures = {}
-    for name, path in paths.items():
-        say(f"  {path}")
-        figures[name] = evaluate(path, story.limit)
+    figures = evaluate(paths, story.folder, story.limit, lambda s: say(f"  {s}"))
     write_json(figures, story.folder / "figures.json")
     draw(figures, "One base model, two experts, three merges", story.folder / "figures.png")
     return figures

@@ -1,31 +1,22 @@
-"""Measure a checkpoint on both tasks and on neutral text."""
+"""Measure checkpoints on both tasks' held-out items and on neutral text: `mergekit-ft eval`."""
 
-import argparse
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from examples.two_experts.items import NEUTRAL, TASKS, neutral_rows, rows_of
+from mergekit_ft.evaluation import evaluate as measure
 
-from examples.two_experts.items import (
-    TASKS,
-    Example,
-    batched,
-    neutral_examples,
-    predict,
-    task_examples,
-)
+MEASURES = ("loss", "exact_match")
 
 
 @dataclass(frozen=True)
 class Score:
-    """Hold what was measured on some texts."""
+    """Hold what was measured on a task."""
 
     loss: float  # nats a scored token
-    exact: float  # share of items whose every scored token is the likeliest one
+    exact: float  # share of items whose greedy answer is the right one
 
     def beats(self, other: "Score") -> bool:
         """Say whether both figures are better."""
@@ -40,39 +31,33 @@ class Scores:
     neutral_loss: float  # nats a token
 
 
-def evaluate(checkpoint: Path, limit: int | None = None) -> Scores:
-    """Measure a checkpoint on the held-out items, or on the first `limit` of each kind."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model.eval()
-    tasks = {
-        task: score(model, task_examples(task, "heldout", tokenizer)[:limit]) for task in TASKS
+def evaluate(
+    checkpoints: Mapping[str, Path], folder: Path, limit: int | None, say: Callable[[str], None]
+) -> dict[str, Scores]:
+    """Measure checkpoints on rows written to `folder`, or on the first `limit` of each kind."""
+    files = write_rows(folder)
+    names = [word for measure in MEASURES for word in ("--measure", measure)]
+    words = [*map(str, checkpoints.values()), *map(str, files.values()), "--rows raw", *names]
+    say(f"mergekit-ft eval {' '.join(words)}")
+    models: Any = {name: str(path) for name, path in checkpoints.items()}
+    found = measure(models, files, measures=MEASURES, rows="raw", limit=limit)
+
+    def figure(name: str, task: str, measured: str) -> float:
+        return next(r for r in found.of_task(task) if r.model == name).figures[measured].value
+
+    return {
+        name: Scores(
+            {task: Score(*(figure(name, task, word) for word in MEASURES)) for task in TASKS},
+            figure(name, NEUTRAL, "loss"),
+        )
+        for name in checkpoints
     }
-    return Scores(tasks, score(model, neutral_examples(tokenizer)[:limit]).loss)
 
 
-@torch.inference_mode()
-def score(model: Any, examples: list[Example]) -> Score:
-    """Measure a model on some texts.
-
-    An item is exact when each token of its answer, and the end of the turn, is the likeliest one
-    after those before it: greedy decoding would then write just this answer.
-    """
-    nats, exact = 0.0, 0
-    for batch in batched(examples, 16):
-        logits, answers = predict(model, batch)
-        nats += cross_entropy(logits, answers, reduction="sum").item()
-        right = torch.split(logits.argmax(-1) == answers, batch.scored.sum(1).tolist())
-        exact += sum(bool(item.all()) for item in right)
-    return Score(nats / sum(example.scored for example in examples), exact / len(examples))
-
-
-def main() -> None:
-    """Print the figures of one checkpoint as JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    print(json.dumps(asdict(evaluate(parser.parse_args().checkpoint)), indent=2))
-
-
-if __name__ == "__main__":
-    main()
+def write_rows(folder: Path) -> dict[str, Path]:
+    """Write the held-out items and the neutral text as rows."""
+    texts = {task: rows_of(task, "heldout") for task in TASKS} | {NEUTRAL: neutral_rows()}
+    files = {name: folder / f"{name}.jsonl" for name in texts}
+    for name, text in texts.items():
+        files[name].write_text(text, encoding="utf-8")
+    return files

@@ -1,19 +1,18 @@
 """Fine-tune the base on one task with `mergekit-ft tune`: loss on the answers only."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.two_experts.items import DATA, TURN
+from examples.two_experts.items import rows_of
 
 PLAN = "mergekit_ft.tune.yaml"  # what `tune` leaves beside the weights
 
 
 def finetune(task: str, plan: Path, out: Path, say: Callable[[str], None]) -> bool:
     """Write an expert to `out`; give False where it is there already, made from the same things."""
-    rows, new = rows_of(task), out.with_name(f"{task}.rows.jsonl")
+    rows, new = rows_of(task, "train"), out.with_name(f"{task}.rows.jsonl")
     same = new.exists() and new.read_text(encoding="utf-8") == rows
     made = out / PLAN
     if same and made.exists() and made.read_text(encoding="utf-8") == plan.read_text("utf-8"):
@@ -24,11 +23,3 @@ def finetune(task: str, plan: Path, out: Path, say: Callable[[str], None]) -> bo
     if subprocess.run([sys.executable, "-m", "mergekit_ft", *arguments]).returncode:
         raise SystemExit(f"Tuning by {plan} failed; the lines above say why.")
     return True
-
-
-def rows_of(task: str) -> str:
-    """Give the training items of a task as rows: the prompt as a turn, and the answer."""
-    lines = (DATA / f"{task}.train.jsonl").read_text(encoding="utf-8").splitlines()
-    items = [json.loads(line) for line in lines]
-    rows = [{"prompt": TURN.format(prompt=i["prompt"]), "completion": i["answer"]} for i in items]
-    return "".join(json.dumps(row) + "\n" for row in rows)
