@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,11 +247,52 @@ def test_the_name_of_the_output_fits_its_kind(tmp_path: Path) -> None:
         tune(words | {"output": "delta"}, tmp_path / "out")
 
 
-def test_several_processes_are_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+TOGETHER = """
+import json, sys
+from pathlib import Path
+from mergekit_ft.tuning import tune
+for plan, out in json.loads(Path(sys.argv[1]).read_text()):
+    tune(plan, out, device="cpu")
+"""
+
+
+def test_two_processes_learn_what_one_does_with_as_many_rows_a_step(tmp_path: Path) -> None:
+    tuners = {"full": "full", "hft": {"hft": {"redraw": 2}}}
+    tuners["lift"] = {"lift": {"rank": 4, "interval": 2}}
+    asked = []
+    for name, tuner in tuners.items():
+        both = {"objective": {"asft": {"lambda": 0.1}}, "clip": 0.1, "weight_decay": 0.1}
+        asked.append((plan(tmp_path, tuner, **both), str(tmp_path / f"two-{name}")))
+        tune(plan(tmp_path, tuner, accumulation=2, **both), tmp_path / f"one-{name}")
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    (tmp_path / "together.py").write_text(TOGETHER)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(tmp_path / "together.py"), str(tmp_path / "asked.json")]
+    done = subprocess.run([sys.executable, *words, *script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in tuners:
+        one, two = (
+            load_file(tmp_path / f"{n}-{name}" / "model.safetensors") for n in ("one", "two")
+        )
+        base = load_file(tmp_path / "base" / "model.safetensors")
+        assert any(not torch.equal(two[key], base[key]) for key in base)
+        for key in one:
+            assert torch.allclose(one[key], two[key], rtol=0, atol=2e-6), (name, key)
+        first, second = (
+            json.loads((tmp_path / f"{n}-{name}" / "curves.json").read_text())
+            for n in ("one", "two")
+        )
+        assert [e["loss"] for e in first] == pytest.approx([e["loss"] for e in second], abs=1e-5)
+    assert not list(tmp_path.glob("*.work"))
+
+
+@pytest.mark.parametrize("word", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_parameters_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PlanError, match=r"one process.*without `accelerate launch`"):
+    monkeypatch.setenv(word, "true")
+    with pytest.raises(PlanError, match=r"does not run under (FSDP|DeepSpeed).*--multi_gpu"):
         tune(plan(tmp_path, "full"), tmp_path / "out")
 
 

@@ -36,6 +36,7 @@ from mergekit_ft.models.opening import Base
 from mergekit_ft.options import Options
 from mergekit_ft.plan.tuning import TunePlan
 from mergekit_ft.registry import did_you_mean
+from mergekit_ft.tuning.company import Company
 from mergekit_ft.tuning.trained import Trained
 from mergekit_ft.tuning.trainer import TuningTrainer, Work
 from mergekit_ft.tuning.watching import CURVES, Curves
@@ -60,10 +61,12 @@ class Phases:
         options: Options,
         work: Path,
         show: str,
+        company: Company,
     ) -> None:
         self.plan, self.tuner, self.base = plan, tuner, base
         self.samples, self.validation, self.work, self.show = train, validation, work, show
-        self.device = options.torch_device
+        self.company = company
+        self.device = company.device or options.torch_device
         self.entries: list[dict[str, Any]] = []  # the curves
         self.collator = Collator(base.padding)
         self.objective = self._fitted(objective)
@@ -122,7 +125,8 @@ class Phases:
         given = training.learning_rate
         rate = self.tuner.learning_rate if given is None else given
         self.pace = Pace(rate, self.tuner.betas, self.tuner.epsilon)
-        rounds = math.ceil(math.ceil(len(self.samples) / training.batch) / training.accumulation)
+        together = training.batch * self.company.size
+        rounds = math.ceil(math.ceil(len(self.samples) / together) / training.accumulation)
         steps = training.steps or math.ceil((training.epochs or 1.0) * rounds)
         return Subject(
             base.model,
@@ -171,7 +175,8 @@ class Phases:
             self.trained.restore(load_file(folder / DONE))
             self.entries += json.loads((folder / CURVES).read_text())
             return count
-        watching = Curves(phase, self.tuner.phases, self.show)
+        show = self.show if self.company.leads else "nothing"
+        watching = Curves(phase, self.tuner.phases, show)
         trainer = TuningTrainer(self._work(phase), self._arguments(folder), [watching])
         trainer.remove_callback(PrinterCallback)
         if self.plan.training.early_stop is not None:
@@ -201,7 +206,7 @@ class Phases:
         touched = self.trained.touched
         self.trained = Trained(self.subject.parameters, selection)
         self.trained.touched |= touched
-        _save(self.trained.state(), start)
+        self._keep(start)
 
     @torch.no_grad()
     def _rewind(self, phase: int) -> None:
@@ -229,14 +234,23 @@ class Phases:
             self.reference,
             self.autocast,
             self.adaptation,
+            self.company,
         )
 
     def _end(self, folder: Path, watching: Curves) -> None:
         self.entries += watching.entries
-        (folder / CURVES).write_text(json.dumps(watching.entries))
-        _save(self.trained.state(), folder / DONE)
-        for old in folder.glob("checkpoint-*"):
-            shutil.rmtree(old)
+        if self.company.leads:
+            (folder / CURVES).write_text(json.dumps(watching.entries))
+        self._keep(folder / DONE)
+        if self.company.leads:
+            for old in folder.glob("checkpoint-*"):
+                shutil.rmtree(old)
+
+    def _keep(self, path: Path) -> None:
+        """Write the state, once for all processes, before any goes on."""
+        if self.company.leads:
+            _save(self.trained.state(), path)
+        self.company.wait()
 
     def _arguments(self, folder: Path) -> TrainingArguments:
         training, steps = self.plan.training, self.subject.steps

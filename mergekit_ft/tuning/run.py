@@ -23,6 +23,7 @@ from mergekit_ft.models.opening import Base, open_base, quiet
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.plan.tuning import TunePlan, read_tune
 from mergekit_ft.tuning.adapters import merged, require_plain, write_adapter
+from mergekit_ft.tuning.company import Company, company_of
 from mergekit_ft.tuning.outputs import TuneStory, write_delta, write_full
 from mergekit_ft.tuning.phases import Phases
 from mergekit_ft.tuning.watching import write_curves
@@ -63,7 +64,7 @@ def _tuned(
     watcher: Progress,
 ) -> Tuned:
     words, tuner, objective = read_tune(plan).accepted()
-    _require_one_process()
+    company = company_of(chosen.torch_device)
     output = words.output or tuner.gives[0]
     _refuse_what_is_there(to, output, chosen)
     if output == "adapter":
@@ -72,14 +73,18 @@ def _tuned(
     base = open_base(words.base, offline=chosen.offline)
     notes: list[str] = []
     train, validation = _samples(words, objective, base, rows, notes)
-    work = _work(to, _identity(words, tuner, base, chosen), chosen)
-    phases = Phases(words, tuner, objective, base, train, validation, chosen, work, show)
+    work = _work(to, _identity(words, tuner, base, chosen, company.size), chosen, company)
+    phases = Phases(words, tuner, objective, base, train, validation, chosen, work, show, company)
     facts = phases.train()
+    if not company.leads:
+        company.wait()
+        return Tuned(to, facts, notes)
     try:
         _write(output, words, base, phases, facts, work, to, chosen, watcher)
     finally:
         watcher.close()
     shutil.rmtree(work)
+    company.wait()
     return Tuned(to, facts, notes)
 
 
@@ -105,14 +110,6 @@ def _write(
         write_delta(base.source, held, out, plan, facts, curves, options, watcher)
     else:
         write_full(plan.base, held, out, story, options, watcher)
-
-
-def _require_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PlanError(
-            "tune trains in one process: what trains is gathered by hooks that wrappers for many "
-            "(DDP, FSDP, DeepSpeed) do not call; start it without `accelerate launch` or `torchrun`"
-        )
 
 
 def _refuse_what_is_there(out: Path, output: str, options: Options) -> None:
@@ -172,20 +169,27 @@ def _samples(
     return train, validation
 
 
-def _identity(plan: TunePlan, tuner: Tuner, base: Base, options: Options) -> str:
+def _identity(plan: TunePlan, tuner: Tuner, base: Base, options: Options, processes: int) -> str:
     """Return what two runs share exactly when one may finish the other's work."""
     data = plan.data
     named = [*data.train, *(data.validation if isinstance(data.validation, tuple) else ())]
     named += [file for file in tuner.files if Path(file).expanduser().is_file()]
     digests = [hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in named]
-    words = [__version__, plan.text, base.source.fingerprint(), digests]
-    words.append(options.torch_device.type)
+    words: list[Any] = [__version__, plan.text, base.source.fingerprint(), digests]
+    words += [options.torch_device.type, processes]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
-def _work(out: Path, identity: str, options: Options) -> Path:
+def _work(out: Path, identity: str, options: Options, company: Company) -> Path:
     """Return the folder of what a stopped run leaves, emptied unless that goes on."""
     work = out.with_name(out.name + ".work")
+    if company.leads:
+        _begun(work, identity, options)
+    company.wait()
+    return work
+
+
+def _begun(work: Path, identity: str, options: Options) -> None:
     mark = work / "identity"
     try:
         if options.resume and mark.is_file():
@@ -193,11 +197,10 @@ def _work(out: Path, identity: str, options: Options) -> Path:
                 raise WriteError(
                     f"{work} is of another plan, other data or another base: start without --resume"
                 )
-            return work
+            return
         if work.exists():
             shutil.rmtree(work)
         work.mkdir(parents=True)
         mark.write_text(identity)
     except OSError as error:
         raise WriteError(f"{work}: cannot be written: {error.strerror or error}") from error
-    return work

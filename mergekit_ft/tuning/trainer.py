@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from mergekit_ft.data.batches import Collator, Groups, batches
 from mergekit_ft.learning import Adaptation, Objective, Pace, Subject, Tuner
+from mergekit_ft.tuning.company import Company
 from mergekit_ft.tuning.saying import said
 from mergekit_ft.tuning.trained import Trained
 
@@ -40,6 +41,7 @@ class Work:
     reference: nn.Module | None = None  # a frozen copy, where the model cannot be set back
     autocast: bool = False  # products in bfloat16
     adaptation: Adaptation | None = None  # where an adapter trains
+    company: Company = field(default_factory=Company)
     norms: list[float] = field(default_factory=list)  # of gradients, since the last log
 
 
@@ -57,6 +59,8 @@ class TuningTrainer(Trainer):
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # so that the count of a whole step is passed on
+        # no wrapper for many processes: gradients are gathered by hooks, and averaged by us
+        self.accelerator.prepare_model = lambda model, *_, **__: model
 
     # ---- the optimizer
 
@@ -72,6 +76,7 @@ class TuningTrainer(Trainer):
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         work, step = self.work, self.state.global_step + 1
         now = work.trained.selection
+        work.company.average(parameter for _, parameter in work.trained.named())
         work.trained.add(work.tuner.penalties(work.subject, work.phase, step, now))
         work.norms.append(work.trained.clip(work.clip))
 
@@ -90,7 +95,8 @@ class TuningTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """Return the batches of a step, and what its loss is divided by."""
         found, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return found, sum(map(self.work.objective.count, found))
+        mine = sum(map(self.work.objective.count, found))
+        return found, self.work.company.summed(mine)
 
     def compute_loss(
         self,
@@ -103,7 +109,8 @@ class TuningTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         dice = torch.Generator().manual_seed(self._dice(inputs))
         shown = self.work.objective.corrupted(inputs, progress, dice)
-        return self._total(model, shown, inputs) / num_items_in_batch
+        share = self._total(model, shown, inputs) / num_items_in_batch
+        return share * self.work.company.size  # what processes find is averaged
 
     def _dice(self, inputs: Mapping[str, Tensor]) -> int:
         """Return a seed of a batch: of the run's, the step, and the tokens."""

@@ -21,6 +21,8 @@ class Curves(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave what was measured with the checkpoint, as the last of its files."""
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / CURVES).write_text(json.dumps(self.entries))
 
