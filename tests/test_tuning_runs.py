@@ -259,16 +259,21 @@ for plan, out in json.loads(Path(sys.argv[1]).read_text()):
 def test_two_processes_learn_what_one_does_with_as_many_rows_a_step(tmp_path: Path) -> None:
     tuners = {"full": "full", "hft": {"hft": {"redraw": 2}}}
     tuners["lift"] = {"lift": {"rank": 4, "interval": 2}}
+    tuners["lora"] = {"lora": {"rank": 2}}
     asked = []
     for name, tuner in tuners.items():
         both = {"objective": {"asft": {"lambda": 0.1}}, "clip": 0.1, "weight_decay": 0.1}
-        asked.append((plan(tmp_path, tuner, **both), str(tmp_path / f"two-{name}")))
-        tune(plan(tmp_path, tuner, accumulation=2, **both), tmp_path / f"one-{name}")
+        words = plan(tmp_path, tuner, **both) | {"output": "full"}
+        asked.append((words, str(tmp_path / f"two-{name}")))
+        alone = plan(tmp_path, tuner, accumulation=2, **both) | {"output": "full"}
+        tune(alone, tmp_path / f"one-{name}")
     (tmp_path / "asked.json").write_text(json.dumps(asked))
     (tmp_path / "together.py").write_text(TOGETHER)
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(tmp_path / "together.py"), str(tmp_path / "asked.json")]
-    done = subprocess.run([sys.executable, *words, *script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *words, *script], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     for name in tuners:
         one, two = (

@@ -160,7 +160,7 @@ class Hollow:
 def _built(source: Source) -> Any:
     """Return the model that config.json names, its parameters on the meta device."""
     import transformers
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from accelerate import init_empty_weights
 
     if not source.config or source.folder is None:
         raise SourceError(f"{source.reference}: has no config.json, so there is no model to run")

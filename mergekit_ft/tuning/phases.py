@@ -193,7 +193,9 @@ class Phases:
     def _begin(self, phase: int, folder: Path) -> None:
         """Choose what trains, or take the choice of an earlier run, by the weights as they are."""
         start = folder / START
-        if start.is_file():
+        begun = start.is_file()
+        self.company.wait()  # all have looked before one writes
+        if begun:
             self.trained.restore(load_file(start))
             return
         with _told(self.plan, "tuner"):
