@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 Part = Literal["matrix", "layer"]  # whose output is the value
@@ -31,8 +31,13 @@ class Descent:
 class Memory(Protocol):
     """A model and the edits that are to be written into it."""
 
-    count: int  # edits
-    layers: int  # of the model
+    @property
+    def count(self) -> int:
+        """Return how many edits there are."""
+
+    @property
+    def layers(self) -> int:
+        """Return how many layers the model has."""
 
     def some(self, start: int, stop: int) -> Memory:
         """Return the same model with some of the edits."""
@@ -69,9 +74,16 @@ class Solver(BaseModel):
     layers: tuple[int, ...] | None = Field(None, description="that are written, ascending")
     steps: int = Field(25, ge=1, description="looks at the loss while a value is sought")
     rate: float = Field(0.5, gt=0, description="of Adam, which seeks it")
-    decay: float = Field(0.5, ge=0, description="weight of |delta| / |v|^2 in the loss")
+    decay: float = Field(0.5, ge=0, description="weight of a move's size in the loss")
     clamp: float = Field(0.75, gt=0, description="most that a value moves, by its own norm")
     divergence: float = Field(0.0625, ge=0, description="weight of the KL term")
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+            raise ValueError(f"layers ascend, each once; got {list(layers)}")
+        return layers
 
     @property
     def descent(self) -> Descent:

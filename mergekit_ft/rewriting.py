@@ -1,7 +1,8 @@
 """What editors owe: facts in, a few changed tensors out.
 
 An editor is a pydantic model whose fields are the method's parameters. How it comes by its change
-says its second class: one that solves (`recalling.Solver`) is given a model as memories.
+says its second class: one that trains (`teaching.Teacher`) is given a pupil, one that solves
+(`recalling.Solver`) a model as memories.
 """
 
 from __future__ import annotations

@@ -8,95 +8,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
 
 from examples.two_experts.tiny import byte_tokenizer
+from mergekit_ft.editing.encoding import Encoder
+from mergekit_ft.editing.facts import Edit
 from mergekit_ft.editing.matrices import matrices, require
 from mergekit_ft.editing.memory import Fact, ModelMemory, fact, keys_of
 from mergekit_ft.errors import OperatorError, SourceError
 from mergekit_ft.models.layered import Layered, Look, Texts
-from mergekit_ft.models.opening import Base, open_base
-from mergekit_ft.plan import ModelReference
+from mergekit_ft.models.opening import Base
 from mergekit_ft.recalling import Descent
-
-SHAPE: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 32}
-WIDE: dict[str, Any] = {"intermediate_size": 48, "num_key_value_heads": 2, **SHAPE}
-KINDS = ["llama", "gpt2", "neox", "bloom"]
-TARGET = (40, 41, 42)
-BEFORE = ("", "The cat. ", "You said so. ")
-EDITS = [("The capital of Peru is", "Peru"), ("Anna was born in", "Anna"), ("Is Rome big?", "Rome")]
-
-
-def model(kind: str, size: int) -> Any:
-    torch.manual_seed(0)
-    start: dict[str, Any] = {"vocab_size": size, "initializer_range": 0.2}
-    if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**start, **WIDE))
-    if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(**start, n_embd=32, n_layer=4, n_head=4))
-    if kind == "neox":
-        return GPTNeoXForCausalLM(GPTNeoXConfig(**start, intermediate_size=48, **SHAPE))
-    if kind == "bloom":
-        return BloomForCausalLM(BloomConfig(**start, hidden_size=32, n_layer=4, n_head=4))
-    if kind == "mixtral":
-        return MixtralForCausalLM(MixtralConfig(**start, num_local_experts=4, **WIDE))
-    return Gemma2ForCausalLM(Gemma2Config(**start, head_dim=8, sliding_window=4, **WIDE))
-
-
-def written(folder: Path, kind: str) -> Path:
-    if (folder / kind).exists():
-        return folder / kind
-    tokenizer = byte_tokenizer()
-    made = model(kind, len(tokenizer))
-    for name, parameter in made.named_parameters():
-        if name.endswith("bias"):  # not zero, so that it counts
-            torch.nn.init.normal_(parameter, std=0.1)
-    made.save_pretrained(folder / kind)
-    tokenizer.save_pretrained(folder / kind)
-    return folder / kind
-
-
-def opened(folder: Path, kind: str) -> Base:
-    return open_base(ModelReference(path=str(written(folder, kind))), partly=True)
+from tests.solved import ASKED, BEFORE, KINDS, near, opened, watched
 
 
 def memory_of(base: Base, layers: range = range(4)) -> ModelMemory:
     layered = Layered(base)
     found = matrices(base, layered)
     kept = {layer: require(base, layered, layer, found) for layer in layers}
-    facts = [fact(base.tokenizer, p, s, TARGET, BEFORE) for p, s in EDITS]
+    facts = [fact(Encoder(base.tokenizer, eos=False), edit, BEFORE) for edit in ASKED]
     return ModelMemory(layered, kept, facts, {}, lambda line: None)
-
-
-def watched(base: Base, module: Any, row: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return (n, width) what a module is given and what it gives, for one text alone."""
-    kept: dict[str, Tensor] = {}
-
-    def note(module: Any, given: Any, out: Any) -> None:
-        kept["in"], kept["out"] = given[0], out[0] if isinstance(out, tuple) else out
-
-    handle = module.register_forward_hook(note)
-    with torch.no_grad():
-        base.model(input_ids=torch.tensor([row]))
-    handle.remove()
-    return kept["in"][0].double(), kept["out"][0].double()
-
-
-def near(one: Tensor, other: Tensor, within: float = 1e-5) -> bool:
-    return float((one - other).detach().norm()) <= within * float(other.detach().norm())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,9 +101,15 @@ def test_wanted_values_make_the_target_likelier_where_they_are_put(
     module = memory.layered.layers[1] if part == "layer" else memory.matrices[1].module
     for i, of in enumerate(memory.facts):
         (row, at) = of.texts[0]
-        whole = torch.tensor([row + TARGET[:-1]])
+        whole = torch.tensor([row + of.target[:-1]])
 
-        def likely(put: Tensor, at: int = at, whole: Tensor = whole, n: int = len(row)) -> float:
+        def likely(
+            put: Tensor,
+            at: int = at,
+            whole: Tensor = whole,
+            n: int = len(row),
+            target: Any = of.target,
+        ) -> float:
             def change(module: Any, given: Any, out: Any) -> Any:
                 moved = out.clone()
                 moved[0, at] += put.float()
@@ -182,7 +118,7 @@ def test_wanted_values_make_the_target_likelier_where_they_are_put(
             handle = module.register_forward_hook(change)
             logs = base.model(input_ids=whole).logits[0].log_softmax(-1)
             handle.remove()
-            return float(sum(logs[n - 1 + j, token] for j, token in enumerate(TARGET)))
+            return float(sum(logs[n - 1 + j, token] for j, token in enumerate(target)))
 
         move = wanted[:, i] - before[:, i]
         assert float(move.norm()) <= 20.0 * float(before[:, i].norm()) * 1.0001
@@ -213,14 +149,23 @@ def test_a_layer_of_experts_has_no_one_matrix(tmp_path: Path) -> None:
         memory_of(opened(tmp_path, "mixtral"))
 
 
-def test_a_fact_without_its_subject_is_refused() -> None:
-    with pytest.raises(SourceError, match="does not occur"):
-        fact(byte_tokenizer(), "Is Rome big?", "Paris", TARGET, BEFORE)
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (Edit("e:3", "Is Rome big?", "no", "Paris"), "e:3: the subject 'Paris' does not occur in"),
+        (Edit("e:3", "Is Rome big?", "no"), "e:3: has no subject"),
+        (Edit("e:3", "Is Rome big?", "no", "Rome", weight=2.0), "e:3: weight has no effect"),
+        (Edit("e:3", "Is Rome big?", " ", "Rome"), "e:3: the target is empty"),
+    ],
+)
+def test_an_edit_that_cannot_be_written_is_refused_by_its_line(edit: Edit, told: str) -> None:
+    with pytest.raises(SourceError, match=told):
+        fact(Encoder(byte_tokenizer()), edit, BEFORE)
 
 
 def test_contexts_stand_before_the_prompt_and_the_key_moves_with_them() -> None:
     tokenizer = byte_tokenizer()
-    found: Fact = fact(tokenizer, "Is Rome big?", "Rome", TARGET, BEFORE)
+    found: Fact = fact(Encoder(tokenizer), Edit("e:1", "Is Rome big?", "no", "Rome"), BEFORE)
     for before, (tokens, at) in zip(BEFORE, found.texts, strict=True):
         assert tokenizer.decode(tokens) == before + "Is Rome big?"
         assert tokenizer.decode(tokens[: at + 1]) == before + "Is Rome"

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.two_experts.tiny import byte_tokenizer
 from mergekit_ft.editing.contexts import OPENINGS, contexts, likely
+from mergekit_ft.editing.encoding import Encoder
 from mergekit_ft.editing.subjects import last_token
 from mergekit_ft.editing.targets import Search, Text
 from mergekit_ft.errors import SourceError
@@ -159,18 +160,29 @@ def test_the_clamp_bounds_the_change_and_no_step_leaves_it_zero() -> None:
 
 def test_the_subjects_last_token_is_found_in_bytes_and_of_several_the_last() -> None:
     tokenizer = byte_tokenizer()
-    tokens, at = last_token(tokenizer, "Is Rome in Romeo's Rome?", "Rome")
+    encoder = Encoder(tokenizer)
+    tokens, at = last_token(encoder, "Is Rome in Romeo's Rome?", "Rome")
     assert tokenizer.decode(tokens[: at + 1]) == "Is Rome in Romeo's Rome"
     text = "Où est Besançon ?"
-    tokens, at = last_token(tokenizer, text, "Où")
+    tokens, at = last_token(encoder, text, "Où")
     assert tokenizer.decode(tokens[: at + 1]) == "Où", "both bytes of a letter belong to it"
+
+
+def test_in_a_chat_the_subject_is_that_of_the_users_turn() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}A:"
+    tokens, at = last_token(Encoder(tokenizer, "chat"), "Is Rome big?", "Rome")
+    assert tokenizer.decode(tokens) == "<user>Is Rome big?;A:"
+    assert tokenizer.decode(tokens[: at + 1]) == "<user>Is Rome"
+    with pytest.raises(SourceError, match="'user' does not occur"):
+        last_token(Encoder(tokenizer, "chat"), "Is Rome big?", "user")
 
 
 def test_a_subject_that_does_not_occur_is_refused() -> None:
     with pytest.raises(SourceError, match="'Paris' does not occur in 'Is Rome'"):
-        last_token(byte_tokenizer(), "Is Rome", "Paris")
+        last_token(Encoder(byte_tokenizer()), "Is Rome", "Paris")
     with pytest.raises(SourceError, match="does not occur"):
-        last_token(byte_tokenizer(), "Is Rome", "")
+        last_token(Encoder(byte_tokenizer()), "Is Rome", "")
 
 
 # --- contexts -----------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from mergekit_ft.cli import printing, settings
 
 EXAMPLES = """Examples: mergekit-ft edit ./model edits.jsonl patch.safetensors --layer 22
 
+mergekit-ft edit ./model edits.jsonl patch.safetensors --method memit --statistics text.txt
+
 mergekit-ft edit plan.yaml patch.safetensors
 
 `mergekit-ft edits score` asks about the edits before and after, `delta apply` puts the patch on,
@@ -18,10 +20,11 @@ mergekit-ft edit plan.yaml patch.safetensors
 
 @click.command(epilog=EXAMPLES)
 @click.argument("words", nargs=-1, required=True, metavar="(BASE EDITS | PLAN) OUT")
-@click.option("--method", help="How.  [default: locft_bf]")
+@click.option("--method", help="locft_bf, rome, memit or alphaedit.  [default: locft_bf]")
 @click.option("--layer", metavar="N|auto", help="That is written.  [default: auto, by depth]")
 @click.option("--module", help="Of it: down_proj, mlp, attention, layer, a pattern of names.")
 @click.option("--set", "given", multiple=True, metavar="KEY=VALUE", help="Another parameter.")
+@click.option("--statistics", metavar="TEXT", help="Text the model knows; of those that solve.")
 @click.option("--template", type=click.Choice(("raw", "chat")), help="How it will be asked.")
 @click.option("--extend", type=click.Path(), help="A patch, whose edits are taught again.")
 @click.option("--seed", type=int, help="Of all that is drawn.  [default: 0]")
@@ -43,6 +46,7 @@ def edit(
     layer: str | None,
     module: str | None,
     given: tuple[str, ...],
+    statistics: str | None,
     template: str | None,
     extend: str | None,
     seed: int | None,
@@ -56,7 +60,7 @@ def edit(
     the same in words, a YAML file or - for stdin. A run that is stopped leaves nothing; run again
     it gives the same patch.
     """
-    flags = {"template": template, "extend": extend, "seed": seed}
+    flags = {"statistics": statistics, "template": template, "extend": extend, "seed": seed}
     flags = {key: value for key, value in flags.items() if value is not None}
     plan = _plan(words, method, layer, module, given, flags)
     from mergekit_ft.editing.run import edit as run
@@ -105,15 +109,20 @@ def _plan(
 def _pair(pair: str) -> tuple[str, Any]:
     key, equals, value = pair.partition("=")
     if not equals or not key:
-        raise click.UsageError(f"--set {pair}: write KEY=VALUE, such as learning_rate=2e-3")
+        raise click.UsageError(
+            f"--set {pair}: write KEY=VALUE, such as learning_rate=2e-3 or layers=[4,5]"
+        )
     return key, _value(value)
 
 
 def _value(text: str) -> Any:
-    """Return a number where it is one, as YAML has it, 2e-3 included."""
+    """Return a number where it is one, as YAML has it, 2e-3 included; or a list of them."""
+    if text.startswith("[") and text.endswith("]"):
+        return [_value(item.strip()) for item in text[1:-1].split(",")]
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
-    return None if text in ("null", "none") else text
+    words = {"null": None, "none": None, "true": True, "false": False}
+    return words.get(text, text)

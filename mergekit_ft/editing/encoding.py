@@ -81,11 +81,20 @@ class Encoder:
             )
         return Encoded(asked, both[len(asked) :])
 
-    def _turns(self, turns: Sequence[dict[str, str]], *, opened: bool) -> Tokens:
-        text = self.tokenizer.apply_chat_template(
+    def text(self, prompt: str) -> str:
+        """Return a prompt as the text that becomes its tokens."""
+        if self.template == "chat":
+            return self._written([{"role": "user", "content": prompt}], opened=True)
+        return prompt
+
+    def _written(self, turns: Sequence[dict[str, str]], *, opened: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=opened
         )
-        text = text if opened else text.rstrip("\n")
+        return text if opened else text.rstrip("\n")
+
+    def _turns(self, turns: Sequence[dict[str, str]], *, opened: bool) -> Tokens:
+        text = self._written(turns, opened=opened)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _tokens(self, text: str) -> Tokens:

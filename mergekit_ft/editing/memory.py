@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mergekit_ft.editing.encoding import Encoder, Tokens
+from mergekit_ft.editing.facts import Edit
 from mergekit_ft.editing.matrices import Matrix
 from mergekit_ft.editing.subjects import last_token
 from mergekit_ft.editing.targets import Search, Text
-from mergekit_ft.errors import OperatorError
+from mergekit_ft.errors import OperatorError, SourceError
 from mergekit_ft.models.decoding import padded
 from mergekit_ft.models.layered import Layered, Look, Texts
 from mergekit_ft.recalling import Descent, Part
@@ -21,7 +22,6 @@ ROWS = 64  # texts of a batch
 BATCH = 8  # windows
 SIDE = 8  # edits whose values are found beside each other
 
-Tokens = tuple[int, ...]
 KL_TEXT = "{} is a"
 
 
@@ -34,12 +34,18 @@ class Fact:
     target: Tokens
 
 
-def fact(
-    tokenizer: Any, prompt: str, subject: str, target: Tokens, contexts: Iterable[str]
-) -> Fact:
-    """Return an edit in its contexts; SourceError where the subject is not in the prompt."""
-    texts = tuple(last_token(tokenizer, before + prompt, subject) for before in contexts)
-    return Fact(texts, last_token(tokenizer, KL_TEXT.format(subject), subject), target)
+def fact(encoder: Encoder, edit: Edit, contexts: Iterable[str]) -> Fact:
+    """Return an edit in its contexts; SourceError, with its line, where it cannot be written."""
+    try:
+        if edit.subject is None:
+            raise SourceError("has no subject, whose last token is where a fact is written")
+        if edit.weight != 1:
+            raise SourceError("weight has no effect where edits are solved for; leave it out")
+        texts = [last_token(encoder, before + edit.prompt, edit.subject) for before in contexts]
+        essence = last_token(encoder, KL_TEXT.format(edit.subject), edit.subject)
+    except SourceError as error:
+        raise SourceError(f"{edit.where}: {error}") from error
+    return Fact(tuple(texts), essence, encoder.edit(edit).target)
 
 
 @dataclass

@@ -13,11 +13,15 @@ from mergekit_ft.deltas.pairs import Choice
 from mergekit_ft.deltas.writing import SUFFIX
 from mergekit_ft.editing.encoding import Encoder
 from mergekit_ft.editing.facts import Edit, edit_of, read_edits, words_of
-from mergekit_ft.editing.training import Taught, teach
+from mergekit_ft.editing.rewritten import Rewritten
+from mergekit_ft.editing.solving import solve
+from mergekit_ft.editing.training import teach
 from mergekit_ft.errors import PlanError, SourceError, WriteError
-from mergekit_ft.models.opening import around, quiet
+from mergekit_ft.models.opening import around, open_base, quiet
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.plan.editing import EditPlan, read_edit
+from mergekit_ft.recalling import Solver
+from mergekit_ft.rewriting import Editor
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.delta_file import open_delta
 from mergekit_ft.sources.patched import tensor_hash
@@ -51,25 +55,39 @@ def edit(
     """
     chosen, to = Options(**options), Path(out)
     words, editor = read_edit(plan)
-    if not isinstance(editor, Teacher):
-        raise PlanError(f"{words.editor.method} is of no class of editors that is known here")
     _refuse_what_is_there(to, chosen)
     edits = read_edits(words.edits)
     with quiet():
         source, tokenizer = around(words.base, offline=chosen.offline)
         edits = [*_extended(words, source), *edits]
         _require_one_target(edits)
-        made = teach(
-            editor,
-            source,
-            Encoder(tokenizer, words.template, eos=words.eos),
-            edits,
-            seed=words.seed,
-            budget=chosen.memory,
-            device=chosen.torch_device,
-            say=say,
-        )
+        encoder = Encoder(tokenizer, words.template, eos=words.eos)
+        made = _rewritten(editor, words, source, encoder, edits, chosen, say)
     return _write(source, made, to, words, edits, chosen, progress or Unwatched())
+
+
+def _rewritten(
+    editor: Editor,
+    words: EditPlan,
+    source: Source,
+    encoder: Encoder,
+    edits: Sequence[Edit],
+    chosen: Options,
+    say: Callable[[str], None],
+) -> Rewritten:
+    """Let an editor that trains teach the edits, and one that solves write them."""
+    device, seed = chosen.torch_device, words.seed
+    if isinstance(editor, Teacher):
+        budget = chosen.memory
+        return teach(
+            editor, source, encoder, edits, seed=seed, budget=budget, device=device, say=say
+        )
+    if not isinstance(editor, Solver):
+        raise PlanError(f"{words.editor.method} is of no class of editors that is known here")
+    base = open_base(words.base, partly=True, offline=chosen.offline)
+    base.model.to(device)
+    text = None if words.statistics is None else Path(words.statistics).expanduser()
+    return solve(editor, base, encoder, edits, text=text, seed=seed, say=say)
 
 
 def _refuse_what_is_there(to: Path, options: Options) -> None:
@@ -115,7 +133,7 @@ def _extended(words: EditPlan, source: Source) -> list[Edit]:
 
 def _write(
     source: Source,
-    made: Taught,
+    made: Rewritten,
     to: Path,
     words: EditPlan,
     edits: Sequence[Edit],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from mergekit_ft.data.neutral import neutral_rows
 from mergekit_ft.editing.encoding import Encoder
 from mergekit_ft.editing.facts import Edit
 from mergekit_ft.editing.places import chosen, usual_layer
+from mergekit_ft.editing.rewritten import Rewritten, require_kept
 from mergekit_ft.editing.suffix import Suffix, Text
 from mergekit_ft.errors import OperatorError, PlanError, SourceError
 from mergekit_ft.models.streaming import Streamed
@@ -21,18 +22,7 @@ from mergekit_ft.sources.dtypes import CODE, TORCH
 from mergekit_ft.teaching import Teacher
 
 WORDS = (3, 12)  # of text that is put before a prompt
-LOST = 0.02  # share of the edits that rounding may lose
 ASKED = 64  # texts at a time, where what the model says is looked at
-
-
-@dataclass(frozen=True)
-class Taught:
-    """What an editor changed."""
-
-    held: dict[str, Tensor]  # by the checkpoint's names: host, the base's dtypes
-    facts: dict[str, Any]  # for the receipt
-    curve: list[dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
 
 
 def teach(
@@ -45,7 +35,7 @@ def teach(
     budget: int,
     device: torch.device,
     say: Callable[[str], None],
-) -> Taught:
+) -> Rewritten:
     """Train edits into a checkpoint, one layer of it in memory while it is read, then the rest.
 
     Raises where nothing changed, or where rounding to the base's dtypes undid what was learned.
@@ -69,7 +59,7 @@ def teach(
         "precision": CODE[streamed.dtype],
         "cached_bytes": pupil.cached,
     }
-    return Taught(held, facts, curve, [told])
+    return Rewritten(held, facts, curve, [told])
 
 
 def _texts(editor: Teacher, encoder: Encoder, edits: Sequence[Edit], seed: int) -> list[Text]:
@@ -170,11 +160,8 @@ def _stored(
     exact = sum(_said(pupil, count))
     pupil.put({name: tensor.float() for name, tensor in stored.items()})
     rounded = sum(_said(pupil, count))
-    if exact - rounded > max(1, LOST * count):
-        raise OperatorError(
-            f"rounding to the dtype of the base loses edits: {exact} of {count} were said, "
-            f"{rounded} are; raise learning_rate or epochs, or cast the base to float32"
-        )
+    way_out = "raise learning_rate or epochs, or cast the base to float32"
+    require_kept(exact, rounded, count, way_out)
     sizes = {
         name: float((stored[name].float() - before[name]).norm() / before[name].norm())
         for name in stored
