@@ -80,11 +80,12 @@ def evaluate(
     """Measure models on rows, side by side.
 
     What ends in .jsonl is data, all else a MODEL: a folder, a hub id, MODEL+ADAPTER,
-    '{model: M, delta: FILE}', or a merge plan's .yaml file, which is merged in memory. Each file of
-    rows is a task named by its stem. Rows are prompt + completion,
-    messages or text (loss, perplexity, token_accuracy; exact_match and exact_match_normalised by
-    greedy decoding), or prompt + choices + answer (choice_accuracy, choice_accuracy_per_token);
-    `weight` beside them weighs a row. The models are loaded one after the other.
+    '{model: M, delta: FILE}', a merge plan's .yaml file, which is merged in memory, or fused
+    models: a plan of `fuse generate`, or the .json file of `fuse fit`. Each file of rows is a task
+    named by its stem. Rows are prompt + completion, messages or text (loss, perplexity,
+    token_accuracy; exact_match and exact_match_normalised by greedy decoding), or prompt + choices
+    + answer (choice_accuracy, choice_accuracy_per_token); `weight` beside them weighs a row. The
+    models are loaded one after the other.
     """
     from mergekit_ft.evaluation import run
 
@@ -97,7 +98,7 @@ def evaluate(
     data = _tasks([words for words in models_and_data if words.endswith(DATA)], named)
     with printing.watched(quiet, "row") as progress:
         found = run.evaluate(
-            models,
+            _opened(models, options),
             data,
             stop=[text.replace("\\n", "\n") for text in stop],
             harness=harness.split(",") if harness else (),
@@ -112,6 +113,29 @@ def evaluate(
         from mergekit_ft.evaluation.saying import lines
 
         printing.lines(lines(found))
+
+
+def _opened(models: list[str], options: dict[str, Any]) -> Any:
+    """Return what is measured, by name; fused models as what opens them."""
+    import torch
+
+    from mergekit_ft.fusion import fused_models
+    from mergekit_ft.options import Options
+    from mergekit_ft.plan.fused import is_fused
+
+    def fuses(words: str) -> bool:
+        plan = words.endswith((".yaml", ".yml"))
+        return words.endswith(".json") or (plan and is_fused(words))
+
+    if not any(map(fuses, models)) or len(set(models)) < len(models):
+        return models
+    where: dict[str, Any] = {
+        "device": Options(device=options["device"]).torch_device,
+        "dtype": getattr(torch, options["precision"]),
+        "offline": options["offline"],
+        "allow_pickle": options["allow_pickle"],
+    }
+    return {w: fused_models(w, **where).open if fuses(w) else w for w in models}
 
 
 def _require_room(answers: str | None, overwrite: bool) -> None:

@@ -10,7 +10,10 @@ import click
 from mergekit_ft.cli import printing, settings
 
 if TYPE_CHECKING:
-    from mergekit_ft.fusion import Baked, Fit
+    from mergekit_ft.fusion import Baked, Fit, Generated
+
+PROMPTS = {"prompt": ("prompt",), "completion": ("prompt", "completion")}  # rows with a prompt
+SHOTS = {"completion": ("prompt", "completion")}
 
 
 @click.group()
@@ -130,3 +133,108 @@ def _bake_lines(made: Baked) -> Iterator[str]:
         f"{result.out}: changed {result.changed:,} of {count(result.tensors, 'tensor')}, "
         f"{size(result.bytes_written)}"
     )
+
+
+@fuse.command(
+    epilog="Example: mergekit-ft fuse generate models.yaml --prompt '2+2=' --rows raw --factors"
+)
+@click.argument("models", metavar="PLAN | WEIGHTS.json")
+@click.argument("data", metavar="[PROMPTS.jsonl]", required=False)
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="In place of a file.")
+@click.option("--domain", help="Take the fitted weights of one domain, not of all together.")
+@click.option(
+    "--search", "searched", is_flag=True, help="Search the factors; leave those given aside."
+)
+@click.option("--shots", metavar="FILE.jsonl", help="Rows of prompt + completion, shown before.")
+@click.option(
+    "--shots-for",
+    "shown",
+    type=click.Choice(("all", "base")),
+    default="all",
+    show_default=True,
+    help="Which models see the shots.",
+)
+@click.option(
+    "--rows",
+    type=click.Choice(("auto", "raw", "chat")),
+    default="auto",
+    show_default=True,
+    help="Prompts as a chat or as they are; auto: chat where the base has a template.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--stop", multiple=True, metavar="TEXT", help=r"Ends an answer; \n is a line's end.")
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, help="0, the default, is greedy."
+)
+@click.option("--seed", type=int, default=0, help="Of what is drawn.  [default: 0]")
+@click.option(
+    "--batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts at a time."
+)
+@click.option("--factors", is_flag=True, help="Tell what moved each token, and how far.")
+@click.option(
+    "--precision",
+    type=click.Choice(("float32", "bfloat16")),
+    default="float32",
+    show_default=True,
+    help="Of weights and products, where a plan's `dtypes` does not say.",
+)
+@click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@settings.offline
+@settings.as_json
+def generate(
+    models: str,
+    data: str | None,
+    prompts: tuple[str, ...],
+    domain: str | None,
+    searched: bool,
+    shots: str | None,
+    stop: tuple[str, ...],
+    factors: bool,
+    precision: str,
+    device: str,
+    offline: bool,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Answer prompts by what several models say together.
+
+    PLAN names `base`, `experts` and what they were tuned from (`small`); each token of base is
+    moved as the best expert was by its tuning, as far as that was moved itself, or by the factors
+    that PLAN (`alpha`) or a file of `fuse fit` holds. All models are in memory.
+    """
+    if (data is None) == (not prompts):
+        raise click.UsageError("give a file of prompts, or --prompt TEXT")
+    given = printing.plan_of(models)
+    import torch
+
+    from mergekit_ft.data.rows import read_rows
+    from mergekit_ft.fusion import fused_models
+    from mergekit_ft.fusion import generate as run
+    from mergekit_ft.options import Options
+
+    texts = prompts or [row.words["prompt"] for row in read_rows([data or ""], PROMPTS)]
+    found = fused_models(
+        given,
+        domain=domain,
+        searched=searched,
+        device=Options(device=device).torch_device,
+        dtype=getattr(torch, precision),
+        offline=offline,
+    )
+    ends = [text.replace("\\n", "\n") for text in stop]
+    before = read_rows([shots], SHOTS) if shots else []
+    made = run(found, list(texts), stop=ends, shots=before, **asked)
+    if as_json:
+        printing.json_of([one.report(factors=factors) for one in made])
+        return
+    for one in made:
+        printing.lines(_answer_lines(one, factors))
+
+
+def _answer_lines(one: Generated, factors: bool) -> Iterator[str]:
+    yield f"> {one.prompt}"
+    yield one.answer.text
+    if factors:
+        told = (", ".join(f"{n} {a:.2f}" for n, a in f.items()) or "none" for f in one.factors)
+        yield f"factors: {'; '.join(told)}"
+    yield ""

@@ -170,6 +170,23 @@ class Encoder:
             )
         return found
 
+    def prompt(self, text: str, shots: Sequence[Row] = ()) -> tuple[int, ...]:
+        """Return the tokens of a prompt that is to be answered, answered ones before it."""
+        if self.chat:
+            if not self.tokenizer.chat_template:
+                raise SourceError(
+                    "the model's tokenizer has no chat template, so prompts are not written as a "
+                    "chat; ask for raw rows, or give the base one"
+                )
+            turns = [
+                {"role": role, "content": shot.words[key]}
+                for shot in shots
+                for role, key in (("user", "prompt"), ("assistant", "completion"))
+            ]
+            return self._template([*turns, {"role": "user", "content": text}], opened=True)
+        before = (f"{s.words['prompt']}{s.words['completion']}\n\n" for s in shots)
+        return tuple(self._tokens("".join(before) + text, begin=True))
+
     def _of(self, row: Row) -> Iterator[Sample]:
         if row.shape == "text":
             yield self._whole(row, row.words["text"])

@@ -57,6 +57,9 @@ def _experts(raw: Any) -> Any:
     return {str(name): model for name, model in raw.items()}
 
 
+Experts = Annotated[dict[str, ModelReference], BeforeValidator(_experts)]
+
+
 class CalibrationWords(PlanWords):
     """The texts by which weights are fitted."""
 
@@ -76,7 +79,7 @@ class FusePlan(PlanWords):
 
     base: ModelReference  # the model that is moved
     small: ModelReference | None = None  # what the experts were tuned from; None: base
-    experts: Annotated[dict[str, ModelReference], BeforeValidator(_experts)]
+    experts: Experts
     teacher: ModelReference | None = None
     calibration: CalibrationWords
     fusion: Method = Step.model_validate(USUAL)
