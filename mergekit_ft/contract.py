@@ -156,6 +156,10 @@ class Operator(BaseModel):
         """Return how much of a tensor must be seen at once."""
         return Grain.ELEMENT
 
+    def seated(self, model: Mapping[str, Place]) -> Operator:
+        """Return the operator for an output of these parameters, where it must know them all."""
+        return self
+
     def scratch(self, k: int) -> int:
         """Return how many rows of scratch a block of k models needs."""
         return 0

@@ -88,12 +88,13 @@ def variants(name: str) -> Iterator[Operator]:
     assert lookup is not None
     plain = lookup.operator(TENSOR, PLACE)
     assert plain is not None
+    plain = plain.seated({TENSOR: PLACE})
     yield plain
     given = {word: getattr(plain, word) for word in type(plain).model_fields}
     for word, values in choices(type(plain)).items():
         for value in values:
             with suppress(ValidationError):  # it may exclude what the plan says elsewhere
-                yield type(plain)(**(given | {word: value}))
+                yield type(plain)(**(given | {word: value})).seated({TENSOR: PLACE})
 
 
 VARIANTS = [

@@ -80,6 +80,7 @@ def notes(found: Resolution) -> Iterator[str]:
         if len(others) < len(names):
             shared = [name for name in names if name in found.alone]
             yield f"{reference}: {named(shared)} not used, for not every model has them"
+    yield from _shares(found)
     for source in found.sources:
         held = (name for name in donor if name in stored)
         other = [name for name in held if _stored_otherwise(source, donor[name])]
@@ -89,6 +90,20 @@ def notes(found: Resolution) -> Iterator[str]:
                 f"{source.reference}: {named(other)} stored as {source[first].kept}, "
                 f"{donor[first].kept} in {donor.reference}; the output is {stored[first]}"
             )
+
+
+def _shares(found: Resolution) -> Iterator[str]:
+    """Say how much is of which model, where every tensor is one model's as it is."""
+    held: dict[str, int] = {}
+    for task in (task for task in found.merged if task.name == task.known):
+        if task.copy is None:
+            return
+        reference = task.copy.source.reference
+        held[reference] = held.get(reference, 0) + task.numel
+    total = sum(held.values())
+    if len(held) > 1 and found.stack is None:
+        told = (f"{size / total:.1%} {reference}" for reference, size in held.items())
+        yield f"parameters are taken as they are: {', '.join(told)}"
 
 
 def _overridden(found: Resolution) -> Iterator[str]:

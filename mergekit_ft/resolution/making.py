@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mergekit_ft.contract import Adjustment, Base, Operator
+from mergekit_ft.layers import Place
 from mergekit_ft.plan import Lookup, Plan, Reading
 from mergekit_ft.plan.parameters import Seat
+from mergekit_ft.resolution.conservation import BUFFER
 from mergekit_ft.resolution.tasks import Ref, Task, Then
 from mergekit_ft.sources import Source, TensorInfo
 from mergekit_ft.sources.dtypes import BY_NAME, FLOATING
@@ -21,6 +23,12 @@ class Maker:
         self.reading, self.plan = reading, plan
         self._same: Any = None  # what an operator's survey over the whole model holds fixed
         self._ranked: tuple[str, ...] | None = None  # the models that such a survey sees
+        self._model: dict[str, Place] = {}  # the output's parameters
+        self._seated: dict[Operator, Operator] = {}
+
+    def know(self, model: Mapping[str, Place]) -> None:
+        """Take the tensors of the output, for operators that must know them all."""
+        self._model = {name: at for name, at in model.items() if not BUFFER.fullmatch(name)}
 
     def made(
         self,
@@ -49,7 +57,7 @@ class Maker:
         if not all(adjustment.neutral(task.known, task.place) for adjustment in task.then):
             return None
         index = task.operator.copies(len(task.tuned), task.known, task.place)
-        if index is None:
+        if index is None or index >= len(task.tuned):  # with too few models, which is reported
             return None
         return task.base if index < 0 else task.tuned[index]
 
@@ -64,7 +72,9 @@ class Maker:
         if operator is None:
             return None, ()
         self._require_same(operator, task)
-        return operator, tuple(op for op in then if isinstance(op, Adjustment))
+        if operator not in self._seated:
+            self._seated[operator] = operator.seated(self._model)
+        return self._seated[operator], tuple(op for op in then if isinstance(op, Adjustment))
 
     def _require_same(self, operator: Operator, task: Task) -> None:
         """Report what differs between tensors though one survey serves them all."""

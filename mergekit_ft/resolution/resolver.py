@@ -31,6 +31,7 @@ class Resolver:
         self.places = places(self.donor)
         self.alone: dict[str, list[str]] = {}  # tensors of the donor, and the models that lack them
         self.maker = Maker(reading, self.plan)
+        self.maker.know(self.places)
 
     def resolution(self) -> Resolution:
         """Return the tasks; what cannot be done is a fault of the reading."""

@@ -62,6 +62,7 @@ class StackedResolver:
         self._check_heads()
         self._check_bases()
         wanted = list(self._wanted())
+        self.maker.know({one.name: one.place for one in wanted})
         tasks = [task for one in wanted for task in self._task(one)] if self.lookups else []
         self._tell_lacking()
         if self.reading.lookup is not None and self.columns:
