@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.two_experts.tiny import byte_tokenizer
+from mergekit_ft.data.matching import normalised
 from mergekit_ft.data.rows import Encoder, read_rows
 from mergekit_ft.errors import MergekitError, OperatorError, PlanError, SourceError
 from mergekit_ft.evaluation import evaluate, kept, scoring
-from mergekit_ft.evaluation.answering import normalised
 from mergekit_ft.evaluation.measures import mean, ratio
 from mergekit_ft.models.opening import open_speaker
 from mergekit_ft.models.speaker import ModelSpeaker

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mergekit_ft import __version__
+from mergekit_ft.cli.data import data
 from mergekit_ft.cli.delta import delta
 from mergekit_ft.cli.differing import diff
 from mergekit_ft.cli.editing import edit
@@ -39,6 +40,7 @@ COMMANDS = (
     inspect,
     diff,
     probe,
+    data,
     tune,
     evaluate,
     fuse,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,13 +44,18 @@ class Row:
 
 
 def read_rows(
-    paths: Sequence[str | os.PathLike[str]], shapes: Mapping[str, tuple[str, ...]] = SHAPES
+    paths: Sequence[str | os.PathLike[str]],
+    shapes: Mapping[str, tuple[str, ...]] = SHAPES,
+    numbers: Sequence[str] = (),
 ) -> list[Row]:
-    """Return the rows of JSONL files; all of one shape, every faulty line told at once."""
+    """Return the rows of JSONL files; all of one shape, every faulty line told at once.
+
+    `numbers` are keys that every row has beside those of its shape, each a finite number.
+    """
     faults: list[str] = []
     rows: list[Row] = []
     for path in paths:
-        rows += _file(Path(path).expanduser(), shapes, faults)
+        rows += _file(Path(path).expanduser(), shapes, numbers, faults)
     if not rows and not faults:
         faults.append(f"{', '.join(map(str, paths))}: no rows")
     found = {row.shape: row for row in rows}
@@ -62,7 +68,12 @@ def read_rows(
     return rows
 
 
-def _file(path: Path, shapes: Mapping[str, tuple[str, ...]], faults: list[str]) -> Iterator[Row]:
+def _file(
+    path: Path,
+    shapes: Mapping[str, tuple[str, ...]],
+    numbers: Sequence[str],
+    faults: list[str],
+) -> Iterator[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -76,18 +87,22 @@ def _file(path: Path, shapes: Mapping[str, tuple[str, ...]], faults: list[str]) 
             continue
         where = f"{path}:{number}"
         try:
-            yield _row(json.loads(line), shapes, where)
+            yield _row(json.loads(line), shapes, numbers, where)
         except json.JSONDecodeError as error:
             faults.append(f"{where}: not JSON: {error.msg} (column {error.colno})")
         except ValueError as error:
             faults.append(f"{where}: {error}")
 
 
-def _row(words: Any, shapes: Mapping[str, tuple[str, ...]], where: str) -> Row:
+def _row(
+    words: Any, shapes: Mapping[str, tuple[str, ...]], numbers: Sequence[str], where: str
+) -> Row:
     """Return a row; ValueError says what is wrong with it."""
     if not isinstance(words, dict):
         raise ValueError("a row is a JSON object")
-    given = words.keys() - {WEIGHT}
+    for key in numbers:
+        _check_number(key, words.get(key))
+    given = words.keys() - {WEIGHT, *numbers}
     shape = next((shape for shape, keys in shapes.items() if given == set(keys)), None)
     if shape is None:
         raise ValueError(_unknown(sorted(given), shapes))
@@ -116,6 +131,12 @@ def _check(key: str, value: Any) -> None:
         raise ValueError(f"{key} must be text")
     elif key not in ("prompt",) and not value:
         raise ValueError(f"{key} is empty: there is nothing to learn")
+
+
+def _check_number(key: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ValueError(f"{key} is a number; got {'none' if value is None else repr(value)}")
 
 
 def _choice(words: Mapping[str, Any]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergekit_ft.evaluation.answering import normalised
+from mergekit_ft.data.matching import normalised
 from mergekit_ft.models.decoding import Stop
 
 STOP = Stop((".", "\n"), most=32)

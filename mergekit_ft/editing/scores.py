@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_ft.data.matching import normalised
 from mergekit_ft.data.rows import Row
 from mergekit_ft.editing.encoding import Encoder, Template
 from mergekit_ft.editing.examining import ASKED, Examination, Heard, Watch
 from mergekit_ft.editing.facts import Edit
 from mergekit_ft.editing.judging import PROTOCOL, right
 from mergekit_ft.errors import OperatorError
-from mergekit_ft.evaluation.answering import normalised
 from mergekit_ft.evaluation.measures import Figure, mean, perplexity, ratio
 from mergekit_ft.evaluation.scoring import Scored
 from mergekit_ft.models.speaker import Speaker

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_ft.data.matching import normalised
 from mergekit_ft.data.rows import UNSCORED, Row, Sample
 from mergekit_ft.errors import SourceError
 from mergekit_ft.evaluation.scoring import Watch
 from mergekit_ft.models.decoding import Answer, Stop, answers
 from mergekit_ft.models.speaker import Speaker
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-UNMARKED = str.maketrans("", "", string.punctuation)
 LEAST = 32  # tokens that an answer may have where nothing else is asked
 
 
@@ -39,11 +36,6 @@ class Answered:
             "exact_match": self.exact,
             "exact_match_normalised": self.normalised,
         }
-
-
-def normalised(text: str) -> str:
-    """Return a text without case, punctuation, articles and needless blanks, as SQuAD scores."""
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(UNMARKED)).split())
 
 
 def expected(row: Row) -> str:
