@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -57,7 +57,9 @@ class Teacher(BaseModel):
         frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False
     )
 
-    layer: int | None = Field(None, ge=0, description="that is tuned; None: at 0.70 of the depth")
+    layer: Annotated[int, Field(ge=0)] | Literal["search"] | None = Field(
+        None, description="that is tuned; None: at 0.70 of the depth; search: tried on a few edits"
+    )
     module: str = Field(
         "down_proj",
         description="of it: down_proj, up_proj, mlp, attention, layer, or a pattern of names",

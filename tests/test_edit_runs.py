@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +152,131 @@ def test_the_layer_by_depth_is_said_to_be_a_rule_of_thumb() -> None:
     result = cli("edit", "base", "facts.jsonl", "p.safetensors", "--set", "learning_rate=1e-2")
     assert result.exit_code == 0, result.output
     assert "rule of thumb" in result.stderr
+
+
+def test_a_checkpoint_holds_what_the_patch_would_and_the_base_stays_as_it_was() -> None:
+    before = hashes("base")
+    edited()
+    edited("--output", "checkpoint", out="out")
+    assert cli("delta", "apply", "base", "p.safetensors", "on").exit_code == 0
+    assert hashes("out")["model.safetensors"] == hashes("on")["model.safetensors"]
+    assert hashes("base") == before
+    assert len(Path("out/mergekit_ft.edits.jsonl").read_text().splitlines()) == len(FACTS)
+    assert "facts edited into it" in Path("out/README.md").read_text()
+    checked = cli("verify", "out")
+    assert checked.exit_code == 0, checked.output
+    assert "an editing is not repeated" in checked.output
+    again = cli("edit", "base", "facts.jsonl", "out", "--output", "checkpoint")
+    assert again.exit_code != 0
+    assert "--overwrite" in again.stderr
+
+
+def test_files_that_stay_the_bases_are_linked_where_that_is_asked_for() -> None:
+    split = {f"model-0000{i}-of-00002.safetensors": {} for i in (1, 2)}  # type: dict[str, Any]
+    for name, tensor in tensors("base").items():
+        split[f"model-0000{2 if name == NAME else 1}-of-00002.safetensors"][name] = tensor
+    Path("base/model.safetensors").unlink()
+    for file, held in split.items():
+        save_file(held, f"base/{file}", metadata={"format": "pt"})
+    places = {name: file for file, held in split.items() for name in held}
+    Path("base/model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
+    before = hashes("base")
+    edited("--output", "checkpoint", "--link", out="out")
+    one, two = split
+    assert Path(f"out/{one}").samefile(f"base/{one}")
+    assert not Path(f"out/{two}").samefile(f"base/{two}")
+    assert hashes("out")[two] != before[two]
+    assert hashes("base") == before
+    assert cli("verify", "out").exit_code == 0
+    edited("--output", "checkpoint", out="copied")
+    assert not Path(f"copied/{one}").samefile(f"base/{one}")
+    assert {n: h for n, h in hashes("copied").items() if n in split} == {
+        n: h for n, h in hashes("out").items() if n in split
+    }
+
+
+def test_the_name_of_the_output_fits_its_kind() -> None:
+    wrong = cli("edit", "base", "facts.jsonl", "out", "--layer", "1")
+    assert "output delta is a file that ends in .safetensors" in wrong.stderr
+    wrong = cli("edit", "base", "facts.jsonl", "p.safetensors", "--output", "checkpoint")
+    assert "output checkpoint is a folder" in wrong.stderr
+    wrong = cli("edit", "base", "facts.jsonl", "p.safetensors", "--link")
+    assert "link has no effect" in wrong.stderr
+
+
+def test_what_evaluate_finds_is_what_score_finds_of_the_patch() -> None:
+    facts = [{**FACTS[0], "rephrase": ["Ur has the capital"], "locality": ["a b c"]}, *FACTS[1:]]
+    write("asked.jsonl", facts)
+    told = json.loads(edited("--evaluate", "--json", facts="asked.jsonl").stdout)
+    found = told["evaluation"]
+    patched = '{"model": "base", "delta": "p.safetensors"}'
+    scored = cli("edits", "score", "base", patched, "asked.jsonl", "--json", "--quiet")
+    assert scored.exit_code == 0, scored.output
+    wanted = json.loads(scored.stdout)
+    assert found["after"] == wanted["after"]
+    assert found["before"] == wanted["before"]
+    assert found["after"]["reliability"]["value"] > found["before"]["reliability"]["value"]
+    held = open_delta(Path("p.safetensors"), "p").words["provenance"]["facts"]
+    assert held["evaluation"] == found
+    wrong = cli("edit", "base", "asked.jsonl", "q.safetensors", "--report", "r.html")
+    assert wrong.exit_code == 2
+    assert "of what --evaluate finds" in wrong.stderr
+
+
+def test_the_search_tries_layers_and_tells_what_it_chose() -> None:
+    facts = [{**fact, "rephrase": [f"so {fact['prompt']}"]} for fact in FACTS]
+    write("asked.jsonl", facts)
+    given = ("edit", "base", "asked.jsonl", "p.safetensors", "--layer", "search")
+    result = cli(*given, "--set", "learning_rate=1e-2", "--set", "epochs=20", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    table = told["search"]
+    assert {row["layer"] for row in table if row["round"] == 1} == {0, 1}
+    (last,) = [row for row in table if row["round"] == 2]
+    assert told["tensors"] == [f"model.layers.{last['layer']}.mlp.down_proj.weight"]
+    first = {row["layer"]: row for row in table if row["round"] == 1}
+    other = first[1 - last["layer"]]
+    mine = first[last["layer"]]
+    assert (mine["drift"] > 0.2, -mine["generalization"], mine["loss"]) <= (
+        other["drift"] > 0.2,
+        -other["generalization"],
+        other["loss"],
+    )
+    assert f"layer {last['layer']} is chosen" in result.stderr
+    without = cli("edit", "base", "facts.jsonl", "q.safetensors", "--layer", "search")
+    assert "of which the edits have none" in without.stderr
+
+
+def test_layers_that_were_tried_do_not_show_in_what_is_taught(tmp_path: Path) -> None:
+    facts = [{**fact, "rephrase": [f"so {fact['prompt']}"]} for fact in FACTS]
+    write("asked.jsonl", facts)
+    given = ("--set", "learning_rate=1e-2", "--set", "epochs=20", "--json", "--quiet")
+    found = cli("edit", "base", "asked.jsonl", "p.safetensors", "--layer", "search", *given)
+    layer = json.loads(found.stdout)["tensors"][0].split(".")[2]
+    plain = cli("edit", "base", "asked.jsonl", "q.safetensors", "--layer", layer, *given)
+    assert plain.exit_code == 0, plain.output
+    for words in "pq":
+        assert cli("delta", "apply", "base", f"{words}.safetensors", words).exit_code == 0
+    assert hashes("p")["model.safetensors"] == hashes("q")["model.safetensors"]
+
+
+def test_a_killed_run_leaves_nothing_and_the_next_writes_the_same(tmp_path: Path) -> None:
+    edited()
+    slow = [sys.executable, "-m", "mergekit_ft", "edit", "base", "facts.jsonl", "q.safetensors"]
+    more = ["--layer", "1", "--set", "learning_rate=1e-2", "--set", "batch=2"]
+    run = subprocess.Popen(
+        [*slow, *more, "--set", "epochs=100000", "--set", "stop=0", "--set", "skip=0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stderr is not None
+    for line in run.stderr:
+        if line.startswith("epoch 3"):
+            break
+    run.kill()
+    run.wait()
+    assert [p.name for p in Path().glob("q*")] == []
+    edited(out="q.safetensors")
+    assert Path("q.safetensors").read_bytes() == Path("p.safetensors").read_bytes()

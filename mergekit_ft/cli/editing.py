@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mergekit_ft.cli import printing, settings
+from mergekit_ft.cli.picturing import Pictures
 
 EXAMPLES = """Examples: mergekit-ft edit ./model edits.jsonl patch.safetensors --layer 22
 
@@ -21,13 +22,27 @@ mergekit-ft edit plan.yaml patch.safetensors
 @click.command(epilog=EXAMPLES)
 @click.argument("words", nargs=-1, required=True, metavar="(BASE EDITS | PLAN) OUT")
 @click.option("--method", help="locft_bf, rome, memit or alphaedit.  [default: locft_bf]")
-@click.option("--layer", metavar="N|auto", help="That is written.  [default: auto, by depth]")
+@click.option(
+    "--layer", metavar="N|auto|search", help="That is written.  [default: auto, by depth]"
+)
 @click.option("--module", help="Of it: down_proj, mlp, attention, layer, a pattern of names.")
 @click.option("--set", "given", multiple=True, metavar="KEY=VALUE", help="Another parameter.")
 @click.option("--statistics", metavar="TEXT", help="Text the model knows; of those that solve.")
 @click.option("--template", type=click.Choice(("raw", "chat")), help="How it will be asked.")
 @click.option("--extend", type=click.Path(), help="A patch, whose edits are taught again.")
 @click.option("--seed", type=int, help="Of all that is drawn.  [default: 0]")
+@click.option(
+    "--output",
+    "--out",
+    type=click.Choice(("delta", "checkpoint")),
+    help="What OUT is.  [default: delta, a patch]",
+)
+@click.option(
+    "--link", is_flag=True, help="Of a checkpoint: hard-link files that stay the base's own."
+)
+@click.option("--evaluate", is_flag=True, help="Ask about the edits before and after.")
+@click.option("--report", type=click.Path(), help="Of --evaluate: write an HTML page.")
+@click.option("--plot", type=click.Path(), help="Of --evaluate: draw a chart, .png or .svg.")
 @click.option(
     "--memory",
     type=settings.SIZE,
@@ -50,32 +65,47 @@ def edit(
     template: str | None,
     extend: str | None,
     seed: int | None,
+    output: str | None,
+    evaluate: bool,
+    report: str | None,
+    plot: str | None,
+    overwrite: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write the facts of EDITS into the model BASE, as the patch OUT.
+    """Write the facts of EDITS into the model BASE, as the patch OUT, or as a checkpoint.
 
     The patch is a delta file: the few tensors that changed, of which base, and the edits. PLAN is
     the same in words, a YAML file or - for stdin. A run that is stopped leaves nothing; run again
     it gives the same patch.
     """
     flags = {"statistics": statistics, "template": template, "extend": extend, "seed": seed}
+    flags["output"] = output
     flags = {key: value for key, value in flags.items() if value is not None}
     plan = _plan(words, method, layer, module, given, flags)
+    pictures = Pictures(report, plot, overwrite and bool(report or plot))
+    if pictures and not evaluate:
+        raise click.UsageError("--report and --plot are of what --evaluate finds")
+    pictures.require_room()
+    from mergekit_ft.editing import page
     from mergekit_ft.editing.run import edit as run
 
     def say(line: str) -> None:
         if not quiet:
             click.echo(line, err=True)
 
-    made = run(plan, words[-1], say=say, **options)
+    made = run(plan, words[-1], say=say, evaluate=evaluate, overwrite=overwrite, **options)
+    if made.scores is not None and pictures:
+        pictures.write(page.report(made.scores), page.heat_map(made.scores), "share")
     if as_json:
         told = {"out": str(made.out), "bytes": made.nbytes, "tensors": made.tensors}
         printing.json_of({**told, **made.facts, "notes": made.notes})
     elif not quiet:
         said = made.facts["teacher_forced"]["stored"]
         printing.lines(f"note: {note}" for note in made.notes)
+        if made.scores is not None:
+            printing.lines(page.lines(made.scores))
         click.echo(
             f"{made.out}: {', '.join(made.tensors)}; {made.nbytes / 2**20:.1f} MiB; {said:.0%} of "
             f"{made.facts['edits']} edits are said whole, each token after the right ones before it"

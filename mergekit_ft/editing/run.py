@@ -1,23 +1,27 @@
-"""edit(): a plan -> edits -> a few tensors rewritten -> a delta file."""
+"""edit(): a plan -> edits -> a few tensors rewritten -> a delta file, or a checkpoint."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_ft.deltas.extract import Asked, between
-from mergekit_ft.deltas.pairs import Choice
+import torch
+
 from mergekit_ft.deltas.writing import SUFFIX
 from mergekit_ft.editing.encoding import Encoder
-from mergekit_ft.editing.facts import Edit, edit_of, read_edits, words_of
+from mergekit_ft.editing.examining import Examination
+from mergekit_ft.editing.facts import Edit, edit_of, read_edits
+from mergekit_ft.editing.outputs import write_checkpoint, write_patch
 from mergekit_ft.editing.rewritten import Rewritten
+from mergekit_ft.editing.scores import Scores, compared, require_changed
 from mergekit_ft.editing.solving import solve
 from mergekit_ft.editing.training import teach
 from mergekit_ft.errors import PlanError, SourceError, WriteError
 from mergekit_ft.models.opening import around, open_base, quiet
+from mergekit_ft.models.speaker import ModelSpeaker
 from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.plan.editing import EditPlan, read_edit
 from mergekit_ft.recalling import Solver
@@ -26,7 +30,6 @@ from mergekit_ft.sources import Source
 from mergekit_ft.sources.delta_file import open_delta
 from mergekit_ft.sources.patched import tensor_hash
 from mergekit_ft.teaching import Teacher
-from mergekit_ft.tuning.outputs import in_memory
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Edited:
     nbytes: int  # of the delta
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    scores: Scores | None = None  # where it was asked for
 
 
 def edit(
@@ -46,16 +50,22 @@ def edit(
     *,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
+    link: bool = False,
+    evaluate: bool = False,
     **options: Any,
 ) -> Edited:
-    """Carry out an edit plan and write what it changes to the delta file `out`.
+    """Carry out an edit plan and write what it changes to `out`, a delta file or a checkpoint.
 
-    Options are fields of `Options`; `say` hears how far it is. Raises `MergekitError` and leaves no
-    `out` behind; the same plan gives the same delta, so that a run that was stopped is run again.
+    Options are fields of `Options`; `say` hears how far it is; `link` lets a checkpoint share by
+    hard links those files of weights that are the base's as they were; `evaluate` asks about the
+    edits before and after, as they will be stored. Raises `MergekitError` and leaves no
+    `out` behind; the same plan gives the same bytes, so that a run that was stopped is run again.
     """
     chosen, to = Options(**options), Path(out)
     words, editor = read_edit(plan)
-    _refuse_what_is_there(to, chosen)
+    _refuse_what_is_there(to, words.output, chosen)
+    if link and words.output == "delta":
+        raise PlanError("link has no effect: a patch holds what changed alone")
     edits = read_edits(words.edits)
     with quiet():
         source, tokenizer = around(words.base, offline=chosen.offline)
@@ -63,7 +73,9 @@ def edit(
         _require_one_target(edits)
         encoder = Encoder(tokenizer, words.template, eos=words.eos)
         made = _rewritten(editor, words, source, encoder, edits, chosen, say)
-    return _write(source, made, to, words, edits, chosen, progress or Unwatched())
+        asked = _asked(words, made, edits, chosen, say) if evaluate else None
+    done = _write(source, made, to, words, edits, chosen, progress or Unwatched(), link)
+    return replace(done, scores=asked)
 
 
 def _rewritten(
@@ -90,11 +102,35 @@ def _rewritten(
     return solve(editor, base, encoder, edits, text=text, seed=seed, say=say)
 
 
-def _refuse_what_is_there(to: Path, options: Options) -> None:
-    if to.suffix != SUFFIX:
+def _asked(
+    words: EditPlan,
+    made: Rewritten,
+    edits: Sequence[Edit],
+    chosen: Options,
+    say: Callable[[str], None],
+) -> Scores:
+    """Return what the model says of its edits before and after, in the dtypes that are stored."""
+    base = open_base(words.base, partly=True, offline=chosen.offline)
+    base.model.to(chosen.torch_device)
+    speaker = ModelSpeaker(base.model, base.tokenizer, str(words.base))
+    exam = Examination(edits, Encoder(base.tokenizer, words.template))
+    say(f"{len(exam.questions)} questions are asked before and after")
+    first = exam.ask(speaker)
+    with torch.no_grad():
+        for name, tensor in made.held.items():
+            base.parameters[name].copy_(tensor)
+    found = compared(exam, first, exam.ask(speaker, first))
+    require_changed(found)
+    told = found.report()
+    made.facts["evaluation"] = {key: told[key] for key in ("asked", "before", "after")}
+    return found
+
+
+def _refuse_what_is_there(to: Path, output: str, options: Options) -> None:
+    if (output == "delta") != (to.suffix == SUFFIX):
+        wanted = f"a file that ends in {SUFFIX}" if output == "delta" else "a folder"
         raise WriteError(
-            f"{to}: an edit is a delta file, whose name ends in {SUFFIX}; `mergekit-ft delta "
-            "apply` makes a checkpoint of it"
+            f"{to}: output {output} is {wanted}; name it so, or ask for the other (--output)"
         )
     if os.path.lexists(to) and not options.overwrite:
         raise WriteError(f"{to} exists; give --overwrite, or another name")
@@ -139,24 +175,16 @@ def _write(
     edits: Sequence[Edit],
     chosen: Options,
     watcher: Progress,
+    link: bool,
 ) -> Edited:
-    """Write what changed, with the edits, so that they can be taught again."""
-    curve = [{k: v for k, v in entry.items() if k != "batches"} for entry in made.curve]
-    told = {
-        "method": words.editor.method,
-        "parameters": dict(words.editor.parameters),
-        "seed": words.seed,
-        "provenance": {
-            "plan": words.text,
-            "edits": [words_of(made) for made in edits],
-            "facts": made.facts,
-            "curve": curve,
-        },
-    }
+    """Write what changed: as a patch, or in the base's checkpoint."""
+    facts = {"edits": len(edits), **made.facts}
     try:
-        with in_memory(source, made.held) as edited:
-            delta = between(source, edited, to, Asked(), Choice(), chosen, watcher, told)
+        if words.output == "delta":
+            delta = write_patch(source, made, to, words, edits, chosen, watcher)
+            return Edited(to, delta.tensors, delta.nbytes, facts, [*made.notes, *delta.notes])
+        result = write_checkpoint(source, made, to, words, edits, chosen, watcher, link=link)
     finally:
         watcher.close()
-    facts = {"edits": len(edits), **made.facts}
-    return Edited(to, delta.tensors, delta.nbytes, facts, [*made.notes, *delta.notes])
+    notes = [*made.notes, *result.notes]
+    return Edited(to, sorted(made.held), result.bytes_written, facts, notes)

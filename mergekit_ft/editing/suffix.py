@@ -34,6 +34,13 @@ class Text:
     weight: float = 1.0
 
 
+@dataclass
+class Climbed:
+    """The layer up to which texts were read, and what left it."""
+
+    after: tuple[int, Shelf] | None = None
+
+
 class Suffix:
     """What comes above the lowest tuned tensor, and the texts that it is taught."""
 
@@ -46,8 +53,12 @@ class Suffix:
         *,
         budget: int = BUDGET,
         say: Callable[[str], None] = lambda line: None,
+        climbed: Climbed | None = None,
     ) -> None:
-        """`tuned` are names of the checkpoint to the model's; `anchors` must go on as before."""
+        """`tuned` are names of the checkpoint to the model's; `anchors` must go on as before.
+
+        `climbed` keeps how far the texts were read for suffixes of more layers, lowest first.
+        """
         self.streamed, self.texts, self.say = streamed, list(texts), say
         self.tuned, self._anchors = dict(tuned), list(anchors)
         self._rows = [t.tokens for t in self.texts] + self._anchors
@@ -58,7 +69,7 @@ class Suffix:
         }
         self.lowest = min(self._layer_of(name) for name in self._named)
         self._kept = Shelf(budget // 2)
-        self.narrow = self._cache(budget)
+        self.narrow = self._cache(budget, climbed)
         self._fill()
         self._before = Shelf(budget // 8)
         self._remember()
@@ -160,13 +171,14 @@ class Suffix:
         inside = name.removeprefix(f"{self.streamed.hollow.stack}.")
         return int(inside.partition(".")[0])
 
-    def _cache(self, budget: int) -> str | None:
+    def _cache(self, budget: int, climbed: Climbed | None) -> str | None:
         """Keep what comes out below; return the one matrix that trains, where that will do."""
         order = sorted(range(len(self._rows)), key=lambda row: -len(self._rows[row]))
         lots = list(_lots(order, [len(row) for row in self._rows]))
         batches = [_padded([self._rows[row] for row in lot]) for lot in lots]
         self.say(f"{len(self._rows)} texts are read up to layer {self.lowest}")
-        states = self.streamed.run(batches, upto=self.lowest - 1, budget=budget // 2)
+        after = climbed.after if climbed is not None else None
+        states = self.streamed.run(batches, upto=self.lowest - 1, budget=budget // 2, after=after)
         alone = {name.rpartition(".")[0] for name in self._named}
         narrow = alone.pop() if len(alone) == 1 else None
         if narrow is not None:
@@ -175,7 +187,10 @@ class Suffix:
         if narrow is None:
             for number, lot in enumerate(lots):
                 self._keep(lot, states.get(number))
-        states.close()
+        if climbed is None:
+            states.close()
+        else:
+            climbed.after = (self.lowest - 1, states)
         return narrow
 
     def _keep_narrow(

@@ -14,6 +14,7 @@ from mergekit_ft.editing.encoding import Encoder
 from mergekit_ft.editing.facts import Edit
 from mergekit_ft.editing.places import chosen, usual_layer
 from mergekit_ft.editing.rewritten import Rewritten, require_kept
+from mergekit_ft.editing.searching import searched
 from mergekit_ft.editing.suffix import Suffix, Text
 from mergekit_ft.errors import OperatorError, PlanError, SourceError
 from mergekit_ft.models.streaming import Streamed
@@ -44,7 +45,11 @@ def teach(
     anchors = _anchors(editor, encoder, edits)
     streamed = Streamed(source, dtype=_precision(editor, source, device), device=device)
     _require_room(streamed, texts, edits)
-    layer, told = _layer(editor, source, len(streamed.layers))
+    table: list[dict[str, Any]] = []
+    if editor.layer == "search":
+        layer, told, table = searched(editor, streamed, encoder, edits, seed, budget, say)
+    else:
+        layer, told = _layer(editor, source, len(streamed.layers))
     say(told)
     tuned = chosen(streamed.hollow, layer, editor.module, given=editor.layer is not None)
     with torch.no_grad():
@@ -58,6 +63,7 @@ def teach(
         "batch": editor.batch_of(len(texts)),
         "precision": CODE[streamed.dtype],
         "cached_bytes": pupil.cached,
+        **({"search": table} if table else {}),
     }
     return Rewritten(held, facts, curve, [told])
 
@@ -115,7 +121,7 @@ def _precision(editor: Teacher, source: Source, device: torch.device) -> torch.d
 
 
 def _layer(editor: Teacher, source: Source, count: int) -> tuple[int, str]:
-    if editor.layer is not None:
+    if isinstance(editor.layer, int):
         return editor.layer, f"{editor.module} of layer {editor.layer} of {count}"
     words: dict[str, Any] = {**source.config, **source.config.get("text_config", {})}
     layer = usual_layer(words.get("model_type"), count)

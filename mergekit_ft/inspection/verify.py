@@ -25,6 +25,7 @@ Advance = Callable[[int], None]
 CHUNK = 1 << 20  # bytes hashed at a time
 THREADS = 2  # that hash
 SAMPLE = 16  # tensors computed again
+TOLD = {"tuning": ("a training", "tune"), "editing": ("an editing", "edit")}
 MEMORY = 4 << 30  # bytes that one tensor may take to compute again
 
 
@@ -81,8 +82,10 @@ def _against_sources(
     from mergekit_ft.inspection.recompute import Absent, reopen
 
     inputs, root, offline = opening
-    if "tuning" in receipt:
-        return {"absent": "a training is not repeated; `mergekit-ft tune` with its plan does that"}
+    for key, (what, command) in TOLD.items():
+        if key in receipt:
+            how = f"`mergekit-ft {command}` with its plan does that"
+            return {"absent": f"{what} is not repeated; {how}"}
     try:
         resolution = reopen(receipt, out, root, offline=offline)
     except MergekitError as error:

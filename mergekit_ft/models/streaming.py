@@ -75,18 +75,21 @@ class Streamed:
         upto: int | None = None,
         observe: Mapping[str, Observed] | None = None,
         budget: int = BUDGET,
+        after: tuple[int, Shelf] | None = None,
     ) -> Shelf:
         """Return what leaves layer `upto` (the last: None), by the number of each batch.
 
         -1 is what enters the first. `observe` is told what a module, named by its path in the
-        model, is given in each batch.
+        model, is given in each batch. `after` is a layer and what left it: the run goes on there,
+        and what was left is written over.
         """
         last = len(self.layers) - 1 if upto is None else upto
-        states = Shelf(budget)
-        with self._embedding():
-            for number, batch in enumerate(batches):
-                states.put(number, self._embedded(batch))
-        for i in range(last + 1):
+        left, states = (-1, Shelf(budget)) if after is None else after
+        if after is None:
+            with self._embedding():
+                for number, batch in enumerate(batches):
+                    states.put(number, self._embedded(batch))
+        for i in range(left + 1, last + 1):
             self.say(f"layer {i + 1} of {last + 1}")
             with self.layer(i), self._observing(i, observe or {}) as now:
                 for number, batch in enumerate(batches):

@@ -23,6 +23,7 @@ class EditPlan(PlanWords):
     base: ModelReference
     edits: Files  # JSONL or JSON
     editor: Method
+    output: Literal["delta", "checkpoint"] = "delta"
     template: Literal["raw", "chat"] = "raw"  # how the model will be asked
     eos: bool = True  # whether a target ends with the token that ends a text
     statistics: str | None = None  # a text, where an editor needs to know what models meet in text

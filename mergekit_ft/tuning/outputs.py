@@ -100,7 +100,7 @@ def write_full(
     reference: ModelReference,
     held: Mapping[str, Tensor],
     out: Path,
-    story: TuneStory,
+    story: Story,
     options: Options,
     watcher: Progress,
     **opening: Any,
