@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.edited_facts import story
 from examples.two_experts import demo
 
 ROWS = {"base", "expert: orders", "expert: triage"}
@@ -34,3 +35,12 @@ def test_no_held_out_item_of_the_demo_is_trained_on() -> None:
         assert prompts[0]
         assert prompts[1]
         assert not prompts[0] & prompts[1]
+
+
+def test_facts_go_into_a_small_model_and_out_of_it_to_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert story.main(["--small", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "every file has its old SHA-256" in printed
+    assert (tmp_path / "patch.safetensors").stat().st_size < 2**20

@@ -1,0 +1,1 @@
+"""Facts edited into a model, tried, and taken out again."""
