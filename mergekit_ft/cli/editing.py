@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_ft.cli import printing, settings
 from mergekit_ft.cli.picturing import Pictures
+
+if TYPE_CHECKING:
+    from mergekit_ft.editing.run import Edited
 
 EXAMPLES = """Examples: mergekit-ft edit ./model edits.jsonl patch.safetensors --layer 22
 
@@ -88,7 +92,6 @@ def edit(
     if pictures and not evaluate:
         raise click.UsageError("--report and --plot are of what --evaluate finds")
     pictures.require_room()
-    from mergekit_ft.editing import page
     from mergekit_ft.editing.run import edit as run
 
     def say(line: str) -> None:
@@ -96,20 +99,32 @@ def edit(
             click.echo(line, err=True)
 
     made = run(plan, words[-1], say=say, evaluate=evaluate, overwrite=overwrite, **options)
-    if made.scores is not None and pictures:
-        pictures.write(page.report(made.scores), page.heat_map(made.scores), "share")
+    _draw(made, pictures)
     if as_json:
         told = {"out": str(made.out), "bytes": made.nbytes, "tensors": made.tensors}
         printing.json_of({**told, **made.facts, "notes": made.notes})
     elif not quiet:
-        said = made.facts["teacher_forced"]["stored"]
-        printing.lines(f"note: {note}" for note in made.notes)
-        if made.scores is not None:
-            printing.lines(page.lines(made.scores))
-        click.echo(
-            f"{made.out}: {', '.join(made.tensors)}; {made.nbytes / 2**20:.1f} MiB; {said:.0%} of "
-            f"{made.facts['edits']} edits are said whole, each token after the right ones before it"
-        )
+        printing.lines(_lines(made))
+
+
+def _draw(made: Edited, pictures: Pictures) -> None:
+    from mergekit_ft.editing import page
+
+    if made.scores is not None and pictures:
+        pictures.write(page.report(made.scores), page.heat_map(made.scores), "share")
+
+
+def _lines(made: Edited) -> Iterator[str]:
+    from mergekit_ft.editing import page
+
+    said = made.facts["teacher_forced"]["stored"]
+    yield from (f"note: {note}" for note in made.notes)
+    if made.scores is not None:
+        yield from page.lines(made.scores)
+    yield (
+        f"{made.out}: {', '.join(made.tensors)}; {made.nbytes / 2**20:.1f} MiB; {said:.0%} of "
+        f"{made.facts['edits']} edits are said whole, each token after the right ones before it"
+    )
 
 
 def _plan(
