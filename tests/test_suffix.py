@@ -166,6 +166,37 @@ def test_what_does_not_fit_into_memory_trains_alike(tmp_path: Path) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(
+    ("count", "batch", "epochs"),
+    [(3000, 100, 25), (300, 10, 25), (100, 3, 25), (20, 1, 38), (1, 1, 750)],
+)
+def test_few_edits_get_the_steps_of_the_paper(count: int, batch: int, epochs: int) -> None:
+    how = LocftBf()
+    assert (how.batch_of(count), how.epochs_of(count)) == (batch, epochs)
+    steps = -(-count // batch) * epochs
+    assert steps * how.learning_rate >= 30 * 25 * 5e-4 * 0.999  # 3,000 edits by 100
+    assert LocftBf(epochs=2).epochs_of(count) == 2
+    assert LocftBf(order="depth-first").epochs_of(count) == 25
+    quarter = how.shortened(0.25, count)
+    assert (quarter.batch, quarter.epochs) == (batch, round(epochs / 4))
+
+
+def test_that_epochs_were_added_is_said_and_the_run_ends_once_the_edit_is_known(
+    tmp_path: Path,
+) -> None:
+    written("llama", tmp_path / "model")
+    said: list[str] = []
+    with quiet():
+        made = suffix(tmp_path / "model", "layer", 1, texts(1), say=said.append)
+    curve = LocftBf(learning_rate=5e-3, stop=4.2).teach(made, seed=0)
+    assert any("up to 75 epochs, not 25" in line for line in said)
+    assert curve[-1]["loss"] < 4.2 < curve[-2]["loss"]
+    assert len(curve) < 75
+    said.clear()
+    LocftBf(learning_rate=5e-3, epochs=1, batch=1).teach(made, seed=0)
+    assert not any("not 25" in line or "not 100" in line for line in said)
+
+
 def test_depth_first_takes_one_edit_after_another(tmp_path: Path) -> None:
     model = written("llama", tmp_path / "model")
     some = texts(3)

@@ -77,7 +77,7 @@ def searched(
     table: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for number, share in enumerate(SHARES):
-        tried = editor.model_copy(update=_shorter(editor, share))
+        tried = editor.shortened(share, len(texts))
         for layer in layers:
             row = {"layer": layer, "round": number + 1}
             table.append(row | _tried(tried, known[layer], len(texts), len(asked), seed))
@@ -134,11 +134,6 @@ def _suffixes(
             known[layer] = Suffix(streamed, tuned, texts, anchors, budget=share, climbed=climbed)
         streamed.fill_above(min(s.lowest for s in known.values()) - 1)
     return known
-
-
-def _shorter(editor: Teacher, share: float) -> dict[str, Any]:
-    epochs = getattr(editor, "epochs", None)
-    return {} if epochs is None else {"epochs": max(1, round(share * epochs))}
 
 
 def _tried(editor: Teacher, suffix: Suffix, taught: int, asked: int, seed: int) -> dict[str, Any]:

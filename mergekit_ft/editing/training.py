@@ -23,7 +23,7 @@ from mergekit_ft.sources.dtypes import CODE, TORCH
 from mergekit_ft.teaching import Teacher
 
 WORDS = (3, 12)  # of text that is put before a prompt
-ASKED = 64  # texts at a time, where what the model says is looked at
+ASKED = 16  # texts at a time, where what the model says is looked at
 
 
 def teach(

@@ -27,7 +27,7 @@ from mergekit_ft.rewriting import Editor
 from mergekit_ft.teaching import Pupil, Teacher
 
 LENGTH = 0.375  # steps x learning rate of the paper's runs: 30 batches x 25 epochs x 5e-4
-MOST = 100  # edits of a batch, in the paper
+MOST, EPOCHS = 100, 25  # edits of a batch, and epochs, in the paper
 
 
 class LocftBf(Teacher, Editor):
@@ -37,7 +37,11 @@ class LocftBf(Teacher, Editor):
     batch: int | None = Field(
         None, ge=1, description="edits of a step; None: 100, fewer where edits are few"
     )
-    epochs: int = Field(25, ge=1, description="at most; depth-first: steps of an edit")
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="at most; depth-first: steps of an edit; None: 25, more where edits are few",
+    )
     skip: float = Field(1e-2, ge=0, description="a batch whose loss is below is left alone")
     stop: float = Field(1e-2, ge=0, description="the run ends once an epoch's mean is below")
     loss: Literal["sample", "token"] = Field("sample", description="what the mean is taken over")
@@ -62,8 +66,22 @@ class LocftBf(Teacher, Editor):
             return 1
         if self.batch is not None:
             return min(self.batch, count)
-        few = math.floor(count * self.epochs * self.learning_rate / LENGTH + 1e-9)
+        few = math.floor(count * (self.epochs or EPOCHS) * self.learning_rate / LENGTH + 1e-9)
         return max(1, min(few, MOST, count))
+
+    def epochs_of(self, count: int) -> int:
+        """Return the epochs at most: so many that steps x learning rate reach the paper's."""
+        if self.epochs is not None:
+            return self.epochs
+        if self.order == "depth-first":
+            return EPOCHS
+        steps = math.ceil(count / self.batch_of(count))  # of an epoch
+        return max(EPOCHS, math.ceil(LENGTH / (steps * self.learning_rate) - 1e-9))
+
+    def shortened(self, share: float, count: int) -> LocftBf:
+        """Return the same for a share of the epochs, the batches as they were."""
+        epochs = max(1, round(share * self.epochs_of(count)))
+        return self.model_copy(update={"epochs": epochs, "batch": self.batch_of(count)})
 
     def teach(self, pupil: Pupil, seed: int) -> list[dict[str, Any]]:
         """Train, and return the curve."""
@@ -92,7 +110,9 @@ class _Run:
         how, count = self.how, self.pupil.count
         rows, size, adam = list(range(count)), how.batch_of(count), self.adam()
         curve: list[dict[str, Any]] = []
-        for epoch in range(1, how.epochs + 1):
+        epochs = how.epochs_of(count)
+        self.say_what_was_scaled(size, epochs)
+        for epoch in range(1, epochs + 1):
             dice.shuffle(rows)
             total, losses = 0.0, []
             for start in range(0, count, size):
@@ -101,17 +121,30 @@ class _Run:
                 total += losses[-1] * len(batch)
             mean = total / count
             curve.append({"epoch": epoch, "loss": mean, "steps": self.steps, "batches": losses})
-            self.pupil.say(f"epoch {epoch} of {how.epochs}: loss {mean:.4f}, {self.steps} steps")
+            self.pupil.say(f"epoch {epoch} of {epochs}: loss {mean:.4f}, {self.steps} steps")
             if mean < how.stop:
                 break
         return curve
+
+    def say_what_was_scaled(self, size: int, epochs: int) -> None:
+        """Tell of batches and epochs that the number of edits decided, not the plan."""
+        how, own = self.how, []
+        if how.batch is None and size < MOST:
+            own.append(f"batches of {size}, not {MOST}")
+        if how.epochs is None and epochs > EPOCHS:
+            own.append(f"up to {epochs} epochs, not {EPOCHS}")
+        if own:
+            self.pupil.say(
+                f"{' and '.join(own)}: few edits would get less of steps x learning rate than the "
+                f"{LENGTH} of the paper's runs"
+            )
 
     def depth_first(self) -> list[dict[str, Any]]:
         """Train on one edit after another."""
         how, curve = self.how, []
         for row in range(self.pupil.count):
             adam, losses = self.adam(), []
-            for _ in range(how.epochs):
+            for _ in range(how.epochs_of(self.pupil.count)):
                 losses.append(self.step([row], adam))
                 if losses[-1] < how.skip:
                     break
