@@ -156,11 +156,13 @@ def test_what_cannot_be_drawn_is_refused(speaker: ModelSpeaker, tmp_path: Path) 
         (0, {}, "count 0: there are 32 rows"),
         (33, {}, "count 33: there are 32 rows"),
         (4, {"clusters": 40}, "clusters 40: there are 32 distinct"),
+        (4, {"quality": None, "temperature": 0.5}, "temperature has no effect"),
+        (4, {"clusters": 2, "after": {}}, "clusters has no effect"),
         (4, {"temperature": 0.0}, "temperature 0: must be above 0"),
         (4, {"gains": [file]}, "gains are of an earlier round"),
     ):
         with pytest.raises(PlanError, match=said):
-            select(speaker, [file], count, quality="quality", rows="raw", **more)  # type: ignore[arg-type]
+            select(speaker, [file], count, **({"quality": "quality", "rows": "raw"} | more))  # type: ignore[arg-type]
     with pytest.raises(SourceError, match=r"rows\.jsonl:1: grade is a number; got none"):
         select(speaker, [file], 4, quality="grade")
     bad = rows(tmp_path, [{"prompt": "a", "completion": "b", "quality": "high"}], "bad.jsonl")

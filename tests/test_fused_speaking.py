@@ -351,6 +351,8 @@ def test_the_command_answers_and_tells_what_moved_each_token(models: Path, tmp_p
     assert "> 1+2=" in done.stdout
     assert "factors: " in done.stdout
     assert cli("fuse", "generate", str(plan), *more).exit_code == 2
+    for idle in (("--seed", "1"), ("--shots-for", "base")):
+        assert cli("fuse", "generate", str(plan), "--prompt", "a", *idle).exit_code == 2
     refused = cli("fuse", "generate", str(plan), "--prompt", "a", "--domain", "sums")
     assert "a plan has no weights by domain" in refused.stderr
 

@@ -166,7 +166,7 @@ def _bake_lines(made: Baked) -> Iterator[str]:
 @click.option(
     "--temperature", type=click.FloatRange(0), default=0.0, help="0, the default, is greedy."
 )
-@click.option("--seed", type=int, default=0, help="Of what is drawn.  [default: 0]")
+@click.option("--seed", type=int, help="Of what is drawn.  [default: 0]")
 @click.option(
     "--batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts at a time."
 )
@@ -204,6 +204,7 @@ def generate(
     """
     if (data is None) == (not prompts):
         raise click.UsageError("give a file of prompts, or --prompt TEXT")
+    _refuse_idle(shots, **asked)
     given = printing.plan_of(models)
     import torch
 
@@ -223,12 +224,22 @@ def generate(
     )
     ends = [text.replace("\\n", "\n") for text in stop]
     before = read_rows([shots], SHOTS) if shots else []
+    asked["seed"] = asked["seed"] or 0
     made = run(found, list(texts), stop=ends, shots=before, **asked)
     if as_json:
         printing.json_of([one.report(factors=factors) for one in made])
         return
     for one in made:
         printing.lines(_answer_lines(one, factors))
+
+
+def _refuse_idle(
+    shots: str | None, *, shown: str, temperature: float, seed: int | None, **_: Any
+) -> None:
+    if shots is None and shown != "all":
+        raise click.UsageError("--shots-for is about --shots")
+    if seed is not None and not temperature:
+        raise click.UsageError("--seed has no effect: at temperature 0 nothing is drawn")
 
 
 def _answer_lines(one: Generated, factors: bool) -> Iterator[str]:

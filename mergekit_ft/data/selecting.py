@@ -66,6 +66,10 @@ def select(
     """
     if temperature <= 0:
         raise PlanError(f"temperature {temperature:g}: must be above 0")
+    if quality is None and temperature != 1:
+        raise PlanError("temperature has no effect: without `quality` all rows are alike")
+    if after is not None and clusters is not None:
+        raise PlanError("clusters has no effect: a later round keeps those of the first")
     found = _read(files, quality)
     digest = hashlib.sha256("\n".join(row.line for row in found).encode()).hexdigest()
     left = _left(found, digest, after, gains)
