@@ -1,0 +1,1 @@
+"""Two experts that speak as one, by weights fitted on what they say."""
