@@ -13,9 +13,9 @@ from pathlib import Path
 BARE = "import torch, yaml, pydantic, click, tqdm; torch.zeros(1) + 1; input()"
 
 
-def bare() -> float:
-    """Return the peak of a python that has imported what a merge imports."""
-    process = subprocess.Popen([sys.executable, "-c", BARE], stdin=subprocess.PIPE)
+def bare(text: str = BARE) -> float:
+    """Return what a python holds that has imported what a merge imports, or has run a text."""
+    process = subprocess.Popen([sys.executable, "-c", text], stdin=subprocess.PIPE)
     time.sleep(10)
     peak = _now(process.pid)
     process.communicate(b"\n")

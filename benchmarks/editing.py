@@ -30,6 +30,15 @@ from mergekit_ft.models.opening import around, open_base, quiet
 from mergekit_ft.models.streaming import Streamed
 from mergekit_ft.resolution.opening import reference_of
 
+KNOWN = """
+import mergekit_ft.editing.run
+from mergekit_ft.models.opening import around
+from mergekit_ft.models.streaming import Streamed
+from mergekit_ft.resolution.opening import reference_of
+source, tokenizer = around(reference_of("{base}"))
+streamed = Streamed(source)
+input()
+"""
 BAR = 2.5  # times less CPU an epoch
 TURNS = 3
 Made = tuple[Suffix, Any, torch.nn.Parameter]
@@ -60,7 +69,9 @@ def main() -> None:
     ours, theirs = (sorted(times[name])[TURNS // 2] for name in ("suffix", "whole"))
     print(f"an epoch of {len(edits)} edits at layer {given.layer}: {ours:.1f} CPU-s by the layers")
     print(f"above, {theirs:.1f} by the whole model: {theirs / ours:.2f} x (bar {BAR})")
-    _memory(given, edits)
+    resident = sum(t.numel() * t.element_size() for _, t in suffix.streamed.hollow.resident())
+    masters = 16 * sum(master.numel() for master in suffix.masters)
+    _memory(given, edits, (resident, masters, suffix.cached))
 
 
 def _both(given: Any, edits: Any) -> Made:
@@ -103,9 +114,9 @@ def _epoch(model: Any, weight: torch.nn.Parameter, texts: list[Text], batch: int
         adam.step()
 
 
-def _memory(given: Any, edits: Any) -> None:
-    """Print the peak of a run of one epoch."""
-    bare = _anonymous.bare()
+def _memory(given: Any, edits: Any, parts: tuple[int, int, int]) -> None:
+    """Print the peak of a run of one epoch, and what it should hold."""
+    bare, known = _anonymous.bare(), _anonymous.bare(KNOWN.format(base=str(given.base)))
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder) / "edits.jsonl", str(Path(folder) / "patch.safetensors")
         file.write_text("".join(json.dumps(words_of(edit)) + "\n" for edit in edits))
@@ -113,7 +124,13 @@ def _memory(given: Any, edits: Any) -> None:
         words += ["--set", "epochs=1", "--set", f"batch={given.batch}"]
         words += ["--set", "learning_rate=2e-3"]
         peak = _anonymous.peak([sys.executable, "-m", "mergekit_ft", *words]) - bare
-    print(f"peak of a run: {peak:.0f} MiB beyond the interpreter with torch ({bare:.0f} MiB)")
+    print(f"peak of a run: {peak:.0f} MiB beyond the interpreter with torch ({bare:.0f} MiB),")
+    print(
+        f"{peak + bare - known:.0f} beyond one that has imported transformers and read the config"
+    )
+    above, masters, cached = (part / 2**20 for part in parts)
+    print(f"and tokenizer; weights above {above:.0f}, 16 bytes an entry tuned {masters:.0f}, kept")
+    print(f"texts {cached:.0f}: {above + masters + cached:.0f} MiB")
 
 
 if __name__ == "__main__":

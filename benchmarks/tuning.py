@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import _anonymous
+
+from mergekit_ft.tuning.phases import START
 
 BAR = 0.6  # of full AdamW's peak
 TUNERS: dict[str, Any] = {
@@ -43,10 +47,32 @@ def main() -> None:
             peak = _peak(given.base, given.rows, tuner, given.steps, Path(folder)) - bare
         full = full or peak
         print(f"{name:6s} {peak:7.0f} MiB beyond that, {peak / full:.2f} x full (bar {BAR})")
+    with tempfile.TemporaryDirectory() as folder:
+        peak = _second_phase(given.base, given.rows, given.steps, Path(folder)) - bare
+    print(f"lt_sft, phase 2, {peak:7.0f} MiB beyond that, {peak / full:.2f} x full (bar {BAR})")
 
 
 def _peak(base: Path, rows: Path, tuner: Any, steps: int, folder: Path) -> float:
     """Tune as a user would and return the peak in MiB."""
+    return _anonymous.peak(_command(base, rows, tuner, steps, folder))
+
+
+def _second_phase(base: Path, rows: Path, steps: int, folder: Path) -> float:
+    """Stop a run of lt_sft where its second phase begins; return the peak of what goes on."""
+    command = _command(base, rows, {"lt_sft": {"density": 0.05}}, steps, folder)
+    begun = folder / "out.work" / "phase-2" / START
+    run = subprocess.Popen(command)
+    while not begun.exists():
+        if run.poll() is not None:
+            raise SystemExit("the run ended before its second phase")
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    return _anonymous.peak([*command, "--resume"])
+
+
+def _command(base: Path, rows: Path, tuner: Any, steps: int, folder: Path) -> list[str]:
+    """Write a plan, and return what tunes by it."""
     plan = {
         "base": str(base),
         "data": {"train": str(rows), "rows": "raw", "max_length": 128},
@@ -56,9 +82,7 @@ def _peak(base: Path, rows: Path, tuner: Any, steps: int, folder: Path) -> float
     }
     (folder / "plan.yaml").write_text(json.dumps(plan))
     out = str(folder / "out")
-    return _anonymous.peak(
-        [sys.executable, "-m", "mergekit_ft", "tune", str(folder / "plan.yaml"), out, "--quiet"]
-    )
+    return [sys.executable, "-m", "mergekit_ft", "tune", str(folder / "plan.yaml"), out, "--quiet"]
 
 
 if __name__ == "__main__":

@@ -11,14 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_ft.editing.encoding import Encoder
+from mergekit_ft.editing.facts import Edit
 from mergekit_ft.editing.places import chosen, usual_layer
 from mergekit_ft.editing.suffix import Suffix, Text
+from mergekit_ft.editing.training import teach
 from mergekit_ft.errors import OperatorError, PlanError, SourceError
 from mergekit_ft.methods.locft_bf import LocftBf
 from mergekit_ft.models.opening import quiet
 from mergekit_ft.models.streaming import Streamed
 from mergekit_ft.sources import open_source
 from tests.test_streaming import written
+from tests.tuned import model_of, small_base
 
 DEEP = {"num_hidden_layers": 4}
 
@@ -294,3 +298,41 @@ def test_layers_and_modules_that_are_not_there_are_refused(tmp_path: Path) -> No
 )
 def test_the_usual_layer_is_the_papers(kind: str, layers: int, wanted: int) -> None:
     assert usual_layer(kind, layers) == wanted
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_targets_with_and_without_a_leading_blank_are_taught_as_the_text_is_cut(
+    blank: str, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    small_base(tmp_path / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "model")
+    pairs = [("the capital of Ur is", "Om"), ("Ka has", "Lo and more"), ("Mu", "Ti")]
+    edits = [
+        Edit(f"facts.jsonl:{i}", prompt, blank + target)
+        for i, (prompt, target) in enumerate(pairs, start=1)
+    ]
+    some = []
+    for prompt, target in pairs:  # cut as one text, by the tokenizer itself
+        start = len(tokenizer(prompt)["input_ids"])
+        tokens = tokenizer(f"{prompt} {target}")["input_ids"]
+        some.append(Text((*tokens, tokenizer.eos_token_id), start))
+    how = LocftBf(layer=1, batch=2, epochs=3, learning_rate=1e-3)
+    with quiet():
+        made = teach(
+            how,
+            open_source(str(tmp_path / "model")),
+            Encoder(tokenizer),
+            edits,
+            seed=0,
+            budget=2**24,
+            device=torch.device("cpu"),
+            say=lambda line: None,
+        )
+        model = model_of(tmp_path / "model")
+        name = "model.layers.1.mlp.down_proj.weight"
+        losses = whole_loop(model, [name], some, how, seed=0)
+    seen = [loss for epoch in made.curve for loss in epoch["batches"]]
+    assert seen == pytest.approx(losses, abs=1e-5)
+    assert torch.allclose(made.held[name], dict(model.named_parameters())[name], atol=1e-6)
