@@ -10,10 +10,10 @@ PEER := .venv-peer
 PEER_READY := $(PEER)/.mergekit-ft-ready
 TREE := .cache/floors/mergekit_ft
 
-.PHONY: help venv demo check format-check lint tree types floors test bench peers clean
+.PHONY: help venv demo evidence-tuning check format-check lint tree types floors test bench peers clean
 
 help:
-	@echo "make venv | demo | check | test | bench | peers | clean"
+	@echo "make venv | demo | evidence-tuning | check | test | bench | peers | clean"
 
 venv: $(READY)
 
@@ -26,6 +26,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python examples/two_experts/demo.py
+
+# Eleven ways to tune, compared: about an hour on two cores, and what was done is not done again.
+evidence-tuning: $(READY)
+	$(BIN)/python examples/compared_tuners/compare.py
 
 check: format-check lint types floors
 

@@ -1,0 +1,1 @@
+"""Ways to tune the same model on the same task, compared."""
