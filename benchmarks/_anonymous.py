@@ -10,13 +10,18 @@ import sys
 import time
 from pathlib import Path
 
-BARE = "import torch, yaml, pydantic, click, tqdm; torch.zeros(1) + 1; input()"
+BARE = "import torch, yaml, pydantic, click, tqdm; torch.zeros(1) + 1"
 
 
 def bare(text: str = BARE) -> float:
     """Return what a python holds that has imported what a merge imports, or has run a text."""
-    process = subprocess.Popen([sys.executable, "-c", text], stdin=subprocess.PIPE)
-    time.sleep(10)
+    waits = f"{text}\nprint('there', flush=True)\ninput()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    while process.stdout.readline() not in (b"there\n", b""):
+        pass
     peak = _now(process.pid)
     process.communicate(b"\n")
     return peak

@@ -37,7 +37,6 @@ from mergekit_ft.models.streaming import Streamed
 from mergekit_ft.resolution.opening import reference_of
 source, tokenizer = around(reference_of("{base}"))
 streamed = Streamed(source)
-input()
 """
 BAR = 2.5  # times less CPU an epoch
 TURNS = 3
