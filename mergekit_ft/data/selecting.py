@@ -64,12 +64,7 @@ def select(
     among powers of two. `after` is the report of an earlier round, whose rows are not drawn again,
     and `gains` what each of them gained: rows of `{"gain": number}` in the order of its output.
     """
-    if temperature <= 0:
-        raise PlanError(f"temperature {temperature:g}: must be above 0")
-    if quality is None and temperature != 1:
-        raise PlanError("temperature has no effect: without `quality` all rows are alike")
-    if after is not None and clusters is not None:
-        raise PlanError("clusters has no effect: a later round keeps those of the first")
+    _require_sense(temperature, quality, clusters, after)
     found = _read(files, quality)
     digest = hashlib.sha256("\n".join(row.line for row in found).encode()).hexdigest()
     left = _left(found, digest, after, gains)
@@ -94,6 +89,21 @@ def select(
     told = now.report() | {"rows": len(found), "digest": digest, "drawn": drawn}
     told["budgets"] = {str(j): budget for j, budget in budgets.items()}
     return Selected([found[i].kept for i in drawn], told)
+
+
+def _require_sense(
+    temperature: float,
+    quality: str | None,
+    clusters: int | None,
+    after: Mapping[str, Any] | None,
+) -> None:
+    """Refuse what cannot be, and what would have no effect."""
+    if temperature <= 0:
+        raise PlanError(f"temperature {temperature:g}: must be above 0")
+    if quality is None and temperature != 1:
+        raise PlanError("temperature has no effect: without `quality` all rows are alike")
+    if after is not None and clusters is not None:
+        raise PlanError("clusters has no effect: a later round keeps those of the first")
 
 
 @dataclass(frozen=True)
