@@ -231,7 +231,7 @@ def test_an_edit_that_cannot_be_written_is_told_by_its_line(row: Any, told: str)
 
 
 def test_an_output_must_be_a_delta_file() -> None:
-    with pytest.raises(WriteError, match="whose name ends in"):
+    with pytest.raises(WriteError, match="a file that ends in"):
         edit(plan(), "out")
 
 

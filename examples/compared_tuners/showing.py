@@ -45,7 +45,8 @@ def draw(figures: Mapping[str, Mapping[str, Any]], file: Path) -> None:
             neutral = [seed["perplexity"] for seed in seeds]
             colour = GREY if name == "base" else BLUE
             axes.plot(exact, neutral, "o-", color=colour, markersize=4, linewidth=0.6)
-            axes.annotate(name, (exact[0], neutral[0]), (4, 3), textcoords="offset points")
+            beside = (4, -11) if name == "base" else (4, 3)
+            axes.annotate(name, (exact[0], neutral[0]), beside, textcoords="offset points")
         axes.set_xlabel("exact answers on held-out rows, %")
         axes.set_ylabel("perplexity of neutral text")
         axes.set_title("What was learned, and what it cost; a line joins two seeds")
