@@ -248,13 +248,18 @@ def test_what_needs_no_tensors_imports_no_torch(words: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_methods_answers_at_once() -> None:
-    def seconds() -> float:
-        began = time.perf_counter()
-        assert shell("methods").returncode == 0
-        return time.perf_counter() - began
-
-    assert min(seconds() for _ in range(5)) < 0.3
+def test_methods_answers_without_what_takes_long_to_import() -> None:
+    """How fast that is, `benchmarks/speed.py` measures."""
+    text = (
+        "import sys\n"
+        "from mergekit_ft.cli import main\n"
+        "main(['methods'], standalone_mode=False)\n"
+        "slow = {'torch', 'transformers', 'numpy', 'safetensors', 'peft', 'matplotlib'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "task_arithmetic" in done.stdout
 
 
 def test_version_is_the_packages() -> None:
