@@ -336,6 +336,38 @@ def test_all_that_is_wrong_with_a_plan_is_told_at_once() -> None:
         read_fused({"base": "a", "experts": {"m": "c"}, "search": {"bounds": [1, 0]}})
 
 
+def test_factors_and_devices_that_are_none_are_refused_in_their_places() -> None:
+    text = "\n".join(
+        (
+            "base: a",
+            "experts: {m: c, n: d}",
+            "alpha: {m: .nan, n: -.inf}",
+            "devices: {m: gpu}",
+            "dtypes: {n: int8}",
+        )
+    )
+    with pytest.raises(PlanError) as told:
+        read_fused(text)
+    places = {(fault.line, fault.column) for fault in told.value.faults}
+    assert {(3, 12), (3, 21), (4, 14), (5, 13)} <= places
+    assert str(told.value).count("finite number") == 2
+    assert "no device is called 'gpu'" in str(told.value)
+
+
+def test_an_expert_may_be_called_as_the_base_is(models: Path) -> None:
+    first, second = TASKS
+    plain = words(models, alpha={first: 1.0, second: 0.5})
+    named = {"base": plain["experts"][first], "small": plain["experts"][second]}
+    same = {**plain, "experts": named, "alpha": {"base": 1.0, "small": 0.5}}
+    answers = [
+        [a.answer.text for a in generate(fused_models(plan), PROMPTS, rows="raw", max_new_tokens=4)]
+        for plan in (plain, same)
+    ]
+    assert answers[0] == answers[1]
+    with pytest.raises(PlanError, match="'base' is an expert and base itself"):
+        read_fused({**same, "dtypes": {"base": "bfloat16"}})
+
+
 def test_the_command_answers_and_tells_what_moved_each_token(models: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text(json.dumps(words(models)), encoding="utf-8")

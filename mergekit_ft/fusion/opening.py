@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ft.errors import PlanError
+from mergekit_ft.fusion.collecting import BASE, SMALL, expert
 from mergekit_ft.fusion.speaking import Fixed, FusedSpeaker, Rule, Searched
 from mergekit_ft.fusion.translating import Translated, translation
 from mergekit_ft.fusion.weights import read_weights
@@ -48,15 +49,15 @@ class FusedModels:
         """Load the models, all into memory; `more` is FusedSpeaker's, and wraps of the base."""
         wrap: Callable[[Speaker], Speaker] = more.pop("shown", lambda speaker: speaker)
         opened = {role: self._open(role) for role in self.references}
-        base, small = wrap(opened.pop("base")), None
-        if self.plan.small is not None:
-            small = opened.pop("small")
-        return FusedSpeaker(base, opened, self.rule, small=small, name=self.name, **more)
+        base, small = wrap(opened[BASE]), opened.get(SMALL)
+        experts = {name: opened[expert(name)] for name in self.plan.experts}
+        return FusedSpeaker(base, experts, self.rule, small=small, name=self.name, **more)
 
     def _open(self, role: str) -> Speaker:
-        named = (self.plan.devices or {}).get(role)
+        word = next((name for name in self.plan.experts if expert(name) == role), role)
+        named = (self.plan.devices or {}).get(word)
         device = self.device if named is None else Options(device=named).torch_device
-        stored = (self.plan.dtypes or {}).get(role)
+        stored = (self.plan.dtypes or {}).get(word)
         dtype = self.dtype if stored is None else DTYPES[stored]
         reference = self.references[role]
         speaker: Speaker = open_speaker(reference, device=device, dtype=dtype, **self.opening)
@@ -80,14 +81,14 @@ def fused_models(
     """
     plan = _plan(words, domain, searched)
     found = {role: around(model, **opening)[1] for role, model in _references(plan).items()}
-    base = found["base"].get_vocab()
-    ids: dict[str, Tensor | None] = {"base": None}
+    base = found[BASE].get_vocab()
+    ids: dict[str, Tensor | None] = {BASE: None}
     for role, tokenizer in found.items():
-        if role != "base":
+        if role != BASE:
             ids[role] = translation(role, base, tokenizer.get_vocab(), plan.tokens)
     told = str(words) if isinstance(words, str | os.PathLike) else "the fused models"
     where = device or torch.device("cpu")
-    return FusedModels(plan, _rule(plan), ids, found["base"], opening, where, dtype, told)
+    return FusedModels(plan, _rule(plan), ids, found[BASE], opening, where, dtype, told)
 
 
 def _plan(words: Words, domain: str | None, searched: bool) -> FusedPlan:
@@ -107,8 +108,9 @@ def _plan(words: Words, domain: str | None, searched: bool) -> FusedPlan:
 
 
 def _references(plan: FusedPlan) -> dict[str, ModelReference]:
-    small = {} if plan.small is None else {"small": plan.small}
-    return {"base": plan.base, **small, **plan.experts}
+    small = {} if plan.small is None else {SMALL: plan.small}
+    experts = {expert(name): model for name, model in plan.experts.items()}
+    return {BASE: plan.base, **small, **experts}
 
 
 def _rule(plan: FusedPlan) -> Rule:

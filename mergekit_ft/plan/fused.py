@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr
 
 from mergekit_ft.errors import PlanError
 from mergekit_ft.plan.fusing import Experts
@@ -16,6 +17,7 @@ from mergekit_ft.registry import did_you_mean
 
 Stored = Literal["float32", "bfloat16", "float16"]
 USUAL = (0.0, 2.0)  # the paper's range
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def _bounds(raw: Any) -> Any:
@@ -32,6 +34,16 @@ def _bounds(raw: Any) -> Any:
             "as far, by KL, as towards it"
         )
     return (low, high)
+
+
+def _device(raw: Any) -> Any:
+    if not isinstance(raw, str) or not _DEVICE.fullmatch(raw):
+        refuse(f"no device is called {raw!r}; use cpu, cuda, cuda:N, mps or auto")
+    return raw
+
+
+Factor = Annotated[float, Field(allow_inf_nan=False)]
+Device = Annotated[str, BeforeValidator(_device)]
 
 
 class SearchWords(PlanWords):
@@ -52,10 +64,10 @@ class FusedPlan(PlanWords):
     base: ModelReference  # the model that is moved
     small: ModelReference | None = None  # what the experts were tuned from; None: base
     experts: Experts
-    alpha: dict[str, float] | None = None  # factors that stay; None: they are searched each step
+    alpha: dict[str, Factor] | None = None  # factors that stay; None: they are searched each step
     search: SearchWords | None = None
     tokens: dict[str, str] | None = None  # of base's tokens, what small and experts call them
-    devices: dict[str, str] | None = None  # of base, small, or an expert
+    devices: dict[str, Device] | None = None  # of base, small, or an expert
     dtypes: dict[str, Stored] | None = None
 
     _text: str = PrivateAttr("")
@@ -103,9 +115,13 @@ def _check(plan: FusedPlan, reading: MethodsReading) -> None:
         _check_names("search", plan.search.bounds, names, reading, "bounds")
     if plan.small is not None and plan.small.key == plan.base.key:
         reading.add(("small",), "small is the base, which it is where it is not named")
-    roles = ["base", *(["small"] if plan.small is not None else []), *names]
+    roles = ["base", *(["small"] if plan.small is not None else [])]
     for word in ("devices", "dtypes"):
-        _check_names(word, getattr(plan, word) or {}, roles, reading)
+        given = getattr(plan, word) or {}
+        _check_names(word, given, [*roles, *names], reading)
+        for name in {*given} & {*roles} & {*names}:
+            told = f"{word}: '{name}' is an expert and {name} itself; call the expert otherwise"
+            reading.add((word, name), told, key=True)
 
 
 def _check_names(
