@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 from mergekit_ft.deltas.putting import apply
 from mergekit_ft.errors import MergekitError, OperatorError, PlanError, SourceError, WriteError
 from mergekit_ft.sources.delta_file import open_delta
-from mergekit_ft.tuning import trainer, tune
+from mergekit_ft.tuning import trainer, tune, watching
+from mergekit_ft.tuning.company import Company
 from tests.small_models import cli, hashes
 from tests.tuned import ROWS, plan, rows, small_base
 
@@ -59,6 +61,41 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     tune(words, tmp_path / "broken", resume=True)
     assert hashes(tmp_path / "whole") == hashes(tmp_path / "broken")
     assert not (tmp_path / "broken.work").exists()
+
+
+def test_checkpoints_that_no_plan_asks_for_come_by_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = plan(tmp_path, "full", schedule="cosine")
+    tune(words, tmp_path / "whole")
+    killed(words, tmp_path / "broken", 3, monkeypatch)
+    assert not list(tmp_path.glob("broken.work/phase-1/checkpoint-*"))  # not a minute has passed
+    monkeypatch.setattr(watching, "LEAST", 0.0)
+    monkeypatch.setattr(watching, "TIMES", 0.0)
+    killed(words, tmp_path / "broken", 3, monkeypatch)
+    (kept,) = tmp_path.glob("broken.work/phase-1/checkpoint-*")
+    assert kept.name == "checkpoint-3"
+    tune(words, tmp_path / "broken", resume=True)
+    assert hashes(tmp_path / "whole") == hashes(tmp_path / "broken")
+
+
+def test_writing_checkpoints_takes_at_most_a_twentieth_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, asked = [0.0], []
+    monkeypatch.setattr(watching.time, "monotonic", lambda: now[0])
+    paced, state = watching.Paced(Company()), TrainerState(max_steps=1000)
+    for step in range(1, 1001):
+        now[0], state.global_step = now[0] + 1, step  # a step takes a second
+        control = TrainerControl()
+        paced.on_step_end(None, state, control)
+        if control.should_save:
+            now[0] += 30  # an evaluation
+            paced.on_evaluate(None, state, control)
+            now[0] += 10  # what is written takes ten
+            paced.on_save(None, state, control)
+            asked.append(step)
+    assert asked == [60, 260, 460, 660, 860]
 
 
 def test_a_stopped_training_of_another_plan_is_not_taken_over(
@@ -191,6 +228,14 @@ def test_a_row_cut_before_its_answer_is_refused(tmp_path: Path) -> None:
         ({"training": {"steps": 0}}, "steps must be at least 1"),
         ({"training": {"steps": 3, "epochs": 1}}, "steps and epochs both"),
         ({"training": {"early_stop": 3}}, "early_stop has no effect without"),
+        (
+            {"data": {"train": "a", "validation": 0.5}, "training": {"early_stop": 3}},
+            "early_stop counts evaluations: say `evaluate_every:`",
+        ),
+        (
+            {"training": {"early_stop": 3, "evaluate_every": 2, "save_every": 4}},
+            "save_every has no effect: early_stop keeps",
+        ),
         ({"training": {"warmup": -1}}, "warmup is a number of steps"),
         ({"data": {"train": 3}}, "a JSONL file, or a list of them"),
         ({"data": {}}, "missing key 'train'"),

@@ -115,6 +115,7 @@ _KINDS = {
     "bool": "true or false",
     "string": "text",
     "none": "nothing",
+    "finite": "finite",
 }
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),

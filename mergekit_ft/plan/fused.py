@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic import BeforeValidator, PrivateAttr
 
 from mergekit_ft.errors import PlanError
 from mergekit_ft.plan.fusing import Experts
@@ -42,7 +42,6 @@ def _device(raw: Any) -> Any:
     return raw
 
 
-Factor = Annotated[float, Field(allow_inf_nan=False)]
 Device = Annotated[str, BeforeValidator(_device)]
 
 
@@ -64,7 +63,7 @@ class FusedPlan(PlanWords):
     base: ModelReference  # the model that is moved
     small: ModelReference | None = None  # what the experts were tuned from; None: base
     experts: Experts
-    alpha: dict[str, Factor] | None = None  # factors that stay; None: they are searched each step
+    alpha: dict[str, float] | None = None  # factors that stay; None: they are searched each step
     search: SearchWords | None = None
     tokens: dict[str, str] | None = None  # of base's tokens, what small and experts call them
     devices: dict[str, Device] | None = None  # of base, small, or an expert

@@ -33,9 +33,9 @@ def refuse(message: str, at: At = (), *, aside: bool = False) -> NoReturn:
 
 
 class PlanWords(BaseModel):
-    """Words of a plan: each is known, and none changes."""
+    """Words of a plan: each is known, none changes, and a number is finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AdapterReference(PlanWords):

@@ -77,7 +77,7 @@ class TrainingWords(PlanWords):
     gradient_checkpointing: bool = False
     evaluate_every: Annotated[int, Field(ge=1)] | None = None  # steps; None: at the end
     early_stop: Annotated[int, Field(ge=1)] | None = None  # evaluations without a gain
-    save_every: Annotated[int, Field(ge=1)] | None = None  # steps, for --resume; None: ten times
+    save_every: Annotated[int, Field(ge=1)] | None = None  # steps, for --resume; None: by cost
     log_every: Annotated[int, Field(ge=1)] = 10  # steps
 
 
@@ -153,6 +153,12 @@ def _check(plan: TunePlan, reading: MethodsReading) -> None:
             if getattr(training, word) is not None:
                 message = f"{word} has no effect without `data: {{validation: ...}}`"
                 reading.add(("training", word), message, key=True)
+    elif training.early_stop is not None and training.evaluate_every is None:
+        message = "early_stop counts evaluations: say `evaluate_every:`, the steps between them"
+        reading.add(("training", "early_stop"), message, key=True)
+    if training.early_stop is not None and training.save_every is not None:
+        message = "save_every has no effect: early_stop keeps a checkpoint at every evaluation"
+        reading.add(("training", "save_every"), message, key=True)
 
 
 def _check_output(found: TuneReading) -> None:

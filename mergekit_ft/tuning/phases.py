@@ -39,11 +39,10 @@ from mergekit_ft.registry import did_you_mean
 from mergekit_ft.tuning.company import Company
 from mergekit_ft.tuning.trained import Trained
 from mergekit_ft.tuning.trainer import TuningTrainer, Work
-from mergekit_ft.tuning.watching import CURVES, Curves
+from mergekit_ft.tuning.watching import CURVES, Curves, Paced
 
 START, DONE = "start.safetensors", "done.safetensors"  # of a phase
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-SAVES = 10  # checkpoints of a phase, where a plan does not say
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -181,6 +180,8 @@ class Phases:
         trainer.remove_callback(PrinterCallback)
         if self.plan.training.early_stop is not None:
             trainer.add_callback(EarlyStoppingCallback(self.plan.training.early_stop))
+        elif self.plan.training.save_every is None:
+            trainer.add_callback(Paced(self.company))
         newest = _newest(folder)
         if newest is not None:
             watching.entries += json.loads((newest / CURVES).read_text())
@@ -257,8 +258,8 @@ class Phases:
     def _arguments(self, folder: Path) -> TrainingArguments:
         training, steps = self.plan.training, self.subject.steps
         every = training.evaluate_every
-        save = training.save_every or max(1, steps // SAVES)
         best = training.early_stop is not None
+        save = (every if best else None) or training.save_every
         return TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=training.batch,
@@ -276,8 +277,8 @@ class Phases:
             logging_nan_inf_filter=False,
             eval_strategy="no" if every is None else "steps",
             eval_steps=every,
-            save_strategy="steps",
-            save_steps=(every or save) if best else save,
+            save_strategy="no" if save is None else "steps",
+            save_steps=save or steps,
             save_total_limit=2 if best else 1,
             load_best_model_at_end=best,
             metric_for_best_model="eval_loss" if best else None,

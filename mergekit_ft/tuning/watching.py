@@ -1,15 +1,47 @@
-"""Who watches a training: a bar or lines, curves."""
+"""Who watches a training: a bar or lines, curves, and when it is time for a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from mergekit_ft.tuning.company import Company
+
 CURVES = "curves.json"
+LEAST, TIMES = 60.0, 20.0  # seconds between checkpoints, and by how long one takes to write
+
+
+class Paced(TrainerCallback):
+    """Asks for a checkpoint as often as costs at most a twentieth of the time.
+
+    One is due a minute after the last, and not before twenty times as long has passed as that
+    took. None is written after the last step, which the phase's own end follows.
+    """
+
+    def __init__(self, company: Company) -> None:
+        self.company = company
+        self.cost, self.since, self.asked = 0.0, time.monotonic(), 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask, by the clock of the process that writes, so that all do the same."""
+        self.asked = time.monotonic()
+        due = self.company.leads and self.asked - self.since >= max(LEAST, TIMES * self.cost)
+        if self.company.summed(int(due)) and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the evaluation, which comes before the writing, out of what that costs."""
+        self.asked = time.monotonic()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take how long it took."""
+        self.since = time.monotonic()
+        self.cost = self.since - self.asked
 
 
 class Curves(TrainerCallback):
