@@ -43,10 +43,14 @@ def draw(figures: Mapping[str, Mapping[str, Any]], file: Path) -> None:
             seeds = list(found["seeds"].values())
             exact = [100 * seed["exact"] for seed in seeds]
             neutral = [seed["perplexity"] for seed in seeds]
-            colour = GREY if name == "base" else BLUE
-            axes.plot(exact, neutral, "o-", color=colour, markersize=4, linewidth=0.6)
-            beside = (4, -11) if name == "base" else (4, 3)
-            axes.annotate(name, (exact[0], neutral[0]), beside, textcoords="offset points")
+            if name == "base":  # a level: what is above it was forgotten
+                axes.axhline(neutral[0], color=GREY, linewidth=0.6, linestyle="--")
+                left: Any = ("axes fraction", "data")
+                beside = {"xycoords": left, "textcoords": "offset points", "color": GREY}
+                axes.annotate(name, (0.35, neutral[0]), (0, 3), **beside)
+                continue
+            axes.plot(exact, neutral, "o-", color=BLUE, markersize=4, linewidth=0.6)
+            axes.annotate(name, (exact[0], neutral[0]), (4, 3), textcoords="offset points")
         axes.set_xlabel("exact answers on held-out rows, %")
         axes.set_ylabel("perplexity of neutral text")
         axes.set_title("What was learned, and what it cost; a line joins two seeds")

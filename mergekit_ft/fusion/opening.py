@@ -48,13 +48,13 @@ class FusedModels:
     def open(self, **more: Any) -> FusedSpeaker:
         """Load the models, all into memory; `more` is FusedSpeaker's, and wraps of the base."""
         wrap: Callable[[Speaker], Speaker] = more.pop("shown", lambda speaker: speaker)
-        opened = {role: self._open(role) for role in self.references}
-        base, small = wrap(opened[BASE]), opened.get(SMALL)
-        experts = {name: opened[expert(name)] for name in self.plan.experts}
+        base = wrap(self._open(BASE, BASE))
+        small = None if self.plan.small is None else self._open(SMALL, SMALL)
+        experts = {name: self._open(expert(name), name) for name in self.plan.experts}
         return FusedSpeaker(base, experts, self.rule, small=small, name=self.name, **more)
 
-    def _open(self, role: str) -> Speaker:
-        word = next((name for name in self.plan.experts if expert(name) == role), role)
+    def _open(self, role: str, word: str) -> Speaker:
+        """Open the model of a role; the plan's devices and dtypes call it by a word."""
         named = (self.plan.devices or {}).get(word)
         device = self.device if named is None else Options(device=named).torch_device
         stored = (self.plan.dtypes or {}).get(word)

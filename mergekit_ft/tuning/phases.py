@@ -259,7 +259,7 @@ class Phases:
         training, steps = self.plan.training, self.subject.steps
         every = training.evaluate_every
         best = training.early_stop is not None
-        save = (every if best else None) or training.save_every
+        save = every if best else training.save_every
         return TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=training.batch,

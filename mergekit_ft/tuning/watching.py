@@ -17,7 +17,7 @@ LEAST, TIMES = 60.0, 20.0  # seconds between checkpoints, and by how long one ta
 
 
 class Paced(TrainerCallback):
-    """Asks for a checkpoint as often as costs at most a twentieth of the time.
+    """Asks for checkpoints by what they cost: after the first, at most a twentieth of the time.
 
     One is due a minute after the last, and not before twenty times as long has passed as that
     took. None is written after the last step, which the phase's own end follows.
