@@ -5,8 +5,8 @@
 DEMO is what `make demo` leaves (`base`, `orders`, `triage`). The demo's held-out items, which no
 expert was trained on, are calibrated on by one half and measured on by the other. Printed: what is
 kept on disk and how fast, what the kept dtype costs, a table of fused decoding, bakes and task
-arithmetic at the best coefficient by the same calibration texts, and a fit on one task alone,
-without bounds and with the defaults.
+arithmetic at the best coefficient by the same calibration texts, and fits on one task alone,
+without bounds and with the defaults, fused and merged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from mergekit_ft.merged import load
 from mergekit_ft.models.speaker import ModelSpeaker
 
 GRID = [i / 10 for i in range(4, 13)]  # of one coefficient for both task vectors
-ONE = TASKS[1]  # the task that is calibrated on alone
 
 
 def main() -> None:
@@ -71,7 +70,8 @@ def measure(demo: Path, work: Path) -> None:
             lines += rows(what, made, baked.measured, time.monotonic() - began)
     print("| weights | domain | base | fused | merged | KL to merged | KL to base | agreement |")
     print("\n".join(["| --- " * 8 + "|", *lines]))
-    alone(plan, work, mixed.collection)
+    for task in TASKS:
+        alone(demo, task, plan, work, mixed.collection)
     arithmetic(demo, mixed.collection)
     costs(plan, work, mixed)
 
@@ -171,25 +171,26 @@ class _Ends:
     eos_token_id = None
 
 
-def alone(plan: dict[str, Any], work: Path, mixed: Collection) -> None:
+def alone(demo: Path, task: str, plan: dict[str, Any], work: Path, mixed: Collection) -> None:
     """Print a fit on one task alone, unbounded and without anchor, then with the defaults."""
-    data = {ONE: plan["calibration"]["data"][ONE]}
+    data = {task: plan["calibration"]["data"][task]}
     loose = {"anchor": False, "data": data}
     free = {"dynamic_logit_fusion": {"low": None, "high": None, "ridge": 0.0}}
     cases = {
-        "one task, no bounds, no ridge, no anchor": (loose, free),
-        "one task, the defaults": ({"data": data}, {"dynamic_logit_fusion": {}}),
+        f"{task} alone, no bounds, no ridge, no anchor": (loose, free),
+        f"{task} alone, the defaults": ({"data": data}, {"dynamic_logit_fusion": {}}),
     }
     for what, (words, fusion) in cases.items():
         calibration = plan["calibration"] | words
         made = fitted({**plan, "calibration": calibration, "fusion": fusion}, work, "one")
         alpha = list(made.weights.alpha.values())
         print(f"{what}: weights {[round(a, 3) for a in alpha]}")
-        texts = mixed.texts
+        texts, merged = mixed.texts, nats(demo, alpha, mixed)
         for domain in texts.domains:
             hearing = Recorded(mixed, list(TASKS), texts.spans([domain], held=True))
             found = figures(hearing, {FUSED: alpha})
-            print(f"  {domain}, held out: base {found['base']:.3f}, fused {found[FUSED]:.3f}")
+            print(f"  {domain}, held out: base {found['base']:.3f}, fused {found[FUSED]:.3f}, "
+                  f"merged {merged[domain]:.3f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -126,11 +126,12 @@ def far(folder: Path) -> Weights:
     return fit(words, folder / "w.json", cache=folder / "cache", overwrite=True).weights
 
 
-def refiner(folder: Path, weights: Weights) -> Refiner:
+def refiner(folder: Path, weights: Weights, dtype: torch.dtype = torch.float32) -> Refiner:
     base = open_base(weights.base)
     made = fit(family_words(weights), folder / "x.json", cache=folder / "cache", overwrite=True)
     sources = {name: open_reference(model) for name, model in weights.experts.items()}
-    return Refiner(base, sources, made.collection, list(weights.alpha.values()))
+    stored = dict.fromkeys(base.parameters, dtype)
+    return Refiner(base, sources, made.collection, list(weights.alpha.values()), stored)
 
 
 def family_words(weights: Weights) -> str:
@@ -140,24 +141,34 @@ def family_words(weights: Weights) -> str:
 def test_one_backward_pass_gives_every_coefficients_derivative(folder: Path) -> None:
     weights = far(folder)
     one = refiner(folder, weights)
-    assert one.origin.layers == (0, 1, None)
     dice = torch.Generator().manual_seed(3)
     noise = torch.randn(one.origin.values.shape, generator=dice, dtype=torch.float64)
-    at = Coefficients(one.origin.layers, one.origin.values + 0.1 * noise)
+    at = Coefficients(one.origin.tensors, one.origin.values + 0.1 * noise)
     _, gradient = one.loss(at)
     step = 3e-3
     for t in range(2):
-        for column in range(3):
+        for column, _ in enumerate(at.tensors):
             ends = []
             for sign in (1, -1):
                 values = at.values.clone()
                 values[t, column] += sign * step
-                ends.append(one.loss(Coefficients(at.layers, values), graded=False)[0])
+                ends.append(one.loss(Coefficients(at.tensors, values), graded=False)[0])
             slope = (ends[0] - ends[1]) / (2 * step)
             assert float(gradient[t, column]) == pytest.approx(slope, rel=0.02, abs=2e-4)
 
 
-def test_a_merge_that_is_far_off_is_refined_layer_by_layer(folder: Path) -> None:
+def test_the_model_that_is_refined_is_rounded_as_it_will_be_stored(folder: Path) -> None:
+    one = refiner(folder, far(folder), torch.bfloat16)
+    one.put(one.origin)
+    for name, parameter in one.base.parameters.items():
+        wanted = one.base.origin(name).double()
+        for alpha, source in zip(one.alpha.tolist(), one.experts.values(), strict=True):
+            wanted += alpha * (source.tensor(name).double() - one.base.origin(name).double())
+        assert torch.equal(parameter, parameter.bfloat16().float())
+        assert torch.allclose(parameter.double(), wanted, rtol=2**-8, atol=1e-7), name
+
+
+def test_a_merge_that_is_far_off_is_refined_tensor_by_tensor(folder: Path) -> None:
     far(folder)
     plain = baked(folder, "plain", refine=False)
     assert verifying.excess(plain.measured) > 1
@@ -166,13 +177,22 @@ def test_a_merge_that_is_far_off_is_refined_layer_by_layer(folder: Path) -> None
     assert made.first == plain.measured
     assert verifying.excess(made.measured) < verifying.excess(plain.measured)
     lock = json.loads((folder / "out" / "mergekit_ft.lock.json").read_text())
-    assert "layers" in lock["plan"] and "before_refining" in lock["fusion"]["baked"]
+    assert "up_proj" in lock["plan"] and "before_refining" in lock["fusion"]["baked"]
     assert verify(folder / "out", sample=None)["ok"]
 
 
-def test_nearness_is_the_worst_domains() -> None:
-    found = {"a": {"kl merged": 0.04, "kl base": 0.1}, "b": {"kl merged": 0.3, "kl base": 2.0}}
-    assert verifying.excess(found) == pytest.approx(1.5)  # 0.3 of 0.2; 0.04 of 0.05 is near
+@pytest.mark.parametrize(
+    ("merged", "wanted"),
+    [
+        ((0.3, 0.40), 1.5),  # 0.3 of 0.2, a tenth of 2.0; 0.04 of 0.05 in the other domain is near
+        ((0.1, 0.48), 2.0),  # 0.08 nats lost, of 0.04
+        ((0.1, 0.20), 0.8),  # nats won; left is 0.04 of 0.05 in the other domain
+    ],
+)
+def test_nearness_is_the_worst_domains(merged: tuple[float, float], wanted: float) -> None:
+    near = {"kl merged": 0.04, "kl base": 0.1, "nats fused": 0.05, "nats merged": 0.055}
+    other = {"kl merged": merged[0], "kl base": 2.0, "nats fused": 0.4, "nats merged": merged[1]}
+    assert verifying.excess({"a": near, "b": other}) == pytest.approx(wanted)
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -237,14 +257,14 @@ def test_the_command_tells_the_figures(folder: Path) -> None:
     assert set(json.loads(again.stdout)["held_out"]) == {*TASKS, "neutral"}
 
 
-def test_weights_of_layers_are_a_plans_words(folder: Path) -> None:
+def test_weights_of_tensors_are_a_plans_words(folder: Path) -> None:
     weights = read_weights(folder / "w.json")
-    values = torch.tensor([[0.5, 0.25, 1.0], [0.1, 0.2, 0.3]], dtype=torch.float64)
-    words = merge_words(weights, weights.alpha, Coefficients((0, 1, None), values))
+    values = torch.tensor([[0.5, 0.25], [0.1, 0.2]], dtype=torch.float64)
+    names = ("model.norm.weight", "odd[0].weight")
+    words = merge_words(weights, weights.alpha, Coefficients(names, values))
     assert words["models"][0]["parameters"]["weight"] == [
-        {"layers": "0", "value": 0.5},
-        {"layers": "1", "value": 0.25},
-        {"value": 1.0},
+        {"match": "model.norm.weight", "value": 0.5},
+        {"match": "odd[[]0].weight", "value": 0.25},
     ]
 
 

@@ -89,7 +89,7 @@ def _fit_lines(made: Fit, out: str) -> Iterator[str]:
     "--refine/--no-refine",
     default=True,
     show_default=True,
-    help="Where the merge is not near, move the coefficients of each layer.",
+    help="Where the merge is not near, move the coefficients of each tensor.",
 )
 @click.option(
     "--cache",
@@ -107,7 +107,8 @@ def bake(weights: str, out: str, quiet: bool, as_json: bool, **options: Any) -> 
 
     The experts' task vectors are added by the weights. The merge is asked about the texts that were
     held out of the fit, beside the fused models; where it is further from them than 0.05 nats and
-    a tenth of their way from the base, the coefficients of every layer are refined.
+    a tenth of their way from the base, or needs a tenth more nats than they (above 0.01), the
+    coefficients of every tensor are refined.
     """
     from mergekit_ft.fusion import bake as run
 

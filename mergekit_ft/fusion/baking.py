@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ from mergekit_ft.plan import ModelReference
 from mergekit_ft.plan.fusing import FusePlan, read_fuse
 from mergekit_ft.resolution import Resolution
 from mergekit_ft.resolution.opening import open_reference
+from mergekit_ft.sources.dtypes import TORCH
 
+Words = dict[str, Any]
 FILE = "mergekit_ft.fusion.json"  # weights and figures, beside what was made of them
 
 
@@ -56,8 +60,8 @@ def bake(
 ) -> Baked:
     """Write theta_0 + sum alpha_t (theta_t - theta_0) to `out`, verified on held-out places.
 
-    Where the merged model is too far from the fused ones, its coefficients are refined layer by
-    layer, unless `refine` is false. Options are fields of `Options`. Raises `MergekitError`, and
+    Where the merged model is too far from the fused ones, its coefficients are refined tensor by
+    tensor, unless `refine` is false. Options are fields of `Options`. Raises `MergekitError`, and
     leaves no `out` behind.
     """
     chosen, to, watcher = Options(**options), Path(out), progress or Unwatched()
@@ -119,23 +123,21 @@ def require_alike(weights: Weights, options: Options) -> None:
 
 
 def merge_words(
-    weights: Weights, alpha: Mapping[str, float], layers: Coefficients | None = None
-) -> dict[str, Any]:
+    weights: Weights, alpha: Mapping[str, float], refined: Coefficients | None = None
+) -> Words:
     """Return the plan of the merge."""
 
-    def entry(t: int, name: str, model: ModelReference) -> dict[str, Any]:
-        factor = alpha[name] if layers is None else _by_layer(t, layers)
+    def entry(t: int, name: str, model: ModelReference) -> Words:
+        factor = alpha[name] if refined is None else list(_by_tensor(t, refined))
         return {"model": _plain(model), "parameters": {"weight": factor}}
 
     models = [entry(t, name, model) for t, (name, model) in enumerate(weights.experts.items())]
     return {"merge_method": "logit_fusion", "base_model": _plain(weights.base), "models": models}
 
 
-def _by_layer(t: int, at: Coefficients) -> Any:
-    layers = [layer for layer in at.layers if layer is not None]
-    found: list[Any] = [{"layers": f"{i}", "value": round(at.of(t, i), 6)} for i in layers]
-    rest = [{"value": round(at.of(t, None), 6)}] if None in at.layers else []
-    return [*found, *rest]
+def _by_tensor(t: int, at: Coefficients) -> Iterator[Words]:
+    for tensor, value in at.of(t):
+        yield {"match": escape(tensor), "value": round(value, 6)}
 
 
 def _plain(model: ModelReference) -> Any:
@@ -154,16 +156,16 @@ class _Baking:
     watcher: Progress
     more: Mapping[str, Any]  # words of the merge's plan
 
-    def plan(self, layers: Coefficients | None = None) -> dict[str, Any]:
+    def plan(self, refined: Coefficients | None = None) -> Words:
         """Return the plan of the merge."""
-        return {**merge_words(self.weights, self.alpha, layers), **self.more}
+        return {**merge_words(self.weights, self.alpha, refined), **self.more}
 
     def baked(self, out: Path, domain: str | None, refine: bool) -> Baked:
         """Verify, refine where that is needed, and write."""
         plan, first, notes = self.plan(), None, []
         found = self.measured(plan)
         if excess(found) > 1 and refine:
-            again = self.plan(self.refined())
+            again = self.plan(self.refined(plan))
             better = self.measured(again)
             if excess(better) < excess(found):
                 plan, first, found = again, found, better
@@ -171,9 +173,9 @@ class _Baking:
                 notes.append("refining brought the merge no nearer on held-out places; left out")
         if excess(found) > 1:
             notes.append(
-                "the merge does not say what the fused models say: KL is "
-                f"{excess(found):.1f} times what is near; see the figures, or decode with the "
-                "weights file"
+                "the merge does not say what the fused models say: it is "
+                f"{excess(found):.1f} times as far from them as is near; see the figures, or "
+                "decode with the weights file"
             )
         resolution = resolve_plan(plan, self.options)
         try:
@@ -183,7 +185,7 @@ class _Baking:
             resolution.close()
         return Baked(result, found, self.alpha, first, [*notes, *result.notes])
 
-    def measured(self, plan: dict[str, Any]) -> Measured:
+    def measured(self, plan: Words) -> Measured:
         """Verify a merge before it is written: its weights are rounded as they will be stored."""
         names = list(self.weights.experts)
         held = sum(part.stop - part.start for part in self.collection.texts.parts if part.held)
@@ -196,15 +198,17 @@ class _Baking:
         finally:
             self.watcher.close()
 
-    def refined(self) -> Coefficients:
-        """Return a coefficient for each layer."""
+    def refined(self, plan: Words) -> Coefficients:
+        """Return a coefficient for each tensor that the plan would store."""
         offline = self.options.offline
         base = open_base(self.weights.base, offline=offline)
         models = self.weights.experts
         sources = {name: open_reference(models[name], offline=offline) for name in models}
         factors = [self.alpha[name] for name in models]
-        refiner = Refiner(base, sources, self.collection, factors, self.watcher.advance)
-        self.watcher.start(refiner.places * (STEPS + 1), "refining the coefficients of each layer")
+        with closing(resolve_plan(plan, self.options)) as resolution:
+            stored = {t.known: TORCH[t.dtype] for t in resolution.tasks if t.operator is not None}
+        refiner = Refiner(base, sources, self.collection, factors, stored, self.watcher.advance)
+        self.watcher.start(refiner.places * (STEPS + 1), "refining the coefficients of each tensor")
         try:
             return refiner.refined()[0]
         finally:

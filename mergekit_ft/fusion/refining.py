@@ -1,7 +1,9 @@
-"""Coefficients of every layer moved until the merged weights say what the fused models say.
+"""Coefficients of every tensor moved until the merged weights say what the fused models say.
 
 One backward pass gives them all: with theta = theta_0 + sum lambda_tl tau_tl and a loss L,
 dL/dlambda_tl = <grad_l L, tau_tl>. The task vectors are read from the sources, tensor by tensor.
+The model that is asked has its weights rounded as they will be stored: where tuning moved weights
+by about one step of the stored dtype, rounding changes how much of a task vector arrives.
 """
 
 from __future__ import annotations
@@ -23,30 +25,22 @@ from mergekit_ft.fusion.verifying import places_of
 from mergekit_ft.models.opening import Base
 from mergekit_ft.sources import Source
 
-STEPS, RATE = 8, 0.05  # of Adam
-HOLD = 1e-2  # how strongly coefficients are held to where they were
+STEPS, RATE = 12, 0.05  # of Adam; the rate falls to nothing
+HOLD = 0.25  # of the mean square that an expert's coefficients have moved
 
-Layer = int | None  # None: what is in no layer
+DTypes = Mapping[str, torch.dtype]
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """How much of each expert's task vector each layer has."""
+    """How much of each expert's task vector each tensor has."""
 
-    layers: tuple[Layer, ...]
-    values: Tensor  # (k, layers) float64
+    tensors: tuple[str, ...]
+    values: Tensor  # (k, tensors) float64
 
-    def of(self, expert: int, layer: Layer) -> float:
-        """Return one of them."""
-        return float(self.values[expert, self.layers.index(layer)])
-
-
-def start(base: Base, alpha: Sequence[float]) -> Coefficients:
-    """Return the same coefficient in every layer."""
-    found = {base.places[name].layer for name in base.parameters}
-    layers = (*sorted(layer for layer in found if layer is not None), *([None] * (None in found)))
-    values = torch.tensor(alpha, dtype=torch.float64)[:, None].expand(-1, len(layers)).clone()
-    return Coefficients(layers, values)
+    def of(self, expert: int) -> Iterator[tuple[str, float]]:
+        """Yield one expert's, by tensor."""
+        yield from zip(self.tensors, self.values[expert].tolist(), strict=True)
 
 
 class Refiner:
@@ -58,11 +52,15 @@ class Refiner:
         experts: Mapping[str, Source],
         collection: Collection,
         alpha: Sequence[float],
+        stored: DTypes,
         watch: Callable[[int], None] = lambda places: None,
     ) -> None:
         self.base, self.experts, self.collection = base, experts, collection
-        self.alpha, self.watch = torch.tensor(alpha, dtype=torch.float64), watch
-        self.origin = start(base, alpha)
+        self.alpha = torch.tensor(alpha, dtype=torch.float64)
+        self.stored, self.watch = stored, watch
+        values = self.alpha[:, None].expand(-1, len(stored)).clone()
+        self.origin = Coefficients(tuple(stored), values)
+        self.columns = {name: column for column, name in enumerate(stored)}
         for name, source in experts.items():
             for tensor in base.parameters:
                 if tensor not in source:
@@ -74,12 +72,13 @@ class Refiner:
         adam = torch.optim.Adam([values], lr=RATE)
         best, losses = self.origin, []
         for step in range(steps + 1):
-            here = Coefficients(self.origin.layers, values.detach().clone())
+            here = Coefficients(self.origin.tensors, values.detach().clone())
             loss, gradient = self.loss(here, graded=step < steps)
             losses.append(loss)
             if loss <= min(losses):
                 best = here
             if step < steps:
+                adam.param_groups[0]["lr"] = RATE * (1 - step / steps)
                 values.grad = gradient
                 adam.step()
         return best, losses
@@ -97,21 +96,23 @@ class Refiner:
             total += float(part.detach())
             self.watch(sum(stop - first for first, stop in spans))
         away = at.values - self.origin.values
-        value = total + 0.5 * HOLD * float(away.square().sum())
+        hold = HOLD / len(at.tensors)
+        value = total + 0.5 * hold * float(away.square().sum())
         if not value - value == 0:
             raise OperatorError("refining met values that are not numbers")
         if not graded:
             return value, torch.zeros_like(away)
-        return value, self._dots() + HOLD * away
+        return value, self._dots() + hold * away
 
     @torch.no_grad()
     def put(self, at: Coefficients) -> None:
-        """Give the model theta_0 + sum lambda tau."""
+        """Give the model theta_0 + sum lambda tau, rounded."""
         for name, parameter in self.base.parameters.items():
+            factors = at.values[:, self.columns[name]].tolist()
             values = self.base.origin(name)
-            for t, move in enumerate(self._moves(name)):
-                values = values + at.of(t, self.base.places[name].layer) * move
-            parameter.copy_(values)
+            for factor, move in zip(factors, self._moves(name), strict=True):
+                values = values + factor * move
+            parameter.copy_(values.to(self.stored[name]))
 
     @torch.no_grad()
     def _dots(self) -> Tensor:
@@ -119,9 +120,8 @@ class Refiner:
         for name, parameter in self.base.parameters.items():
             if parameter.grad is None:
                 continue
-            column = self.origin.layers.index(self.base.places[name].layer)
             for t, move in enumerate(self._moves(name)):
-                found[t, column] += torch.dot(
+                found[t, self.columns[name]] = torch.dot(
                     parameter.grad.flatten().double(), move.flatten().double()
                 )
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from mergekit_ft.fusion.texts import Part, scored
 from mergekit_ft.models.speaker import Speaker
 
 NEAR, SHARE = 0.05, 0.1  # nats, and share of KL(fused || base), that a merge may be away
+WORSE = 0.01  # nats, or the same share of what the fused models need, that it may lose on labels
 COLUMNS = ("nats base", "nats fused", "nats merged", "kl merged", "kl base", "agreement")
 Measured = dict[str, dict[str, float]]  # by domain
 
@@ -79,8 +80,19 @@ def places_of(part: Part) -> list[int]:
 
 
 def excess(found: Measured) -> float:
-    """Return how many times as far as allowed the worst domain is; up to 1 all are near."""
-    return max(m["kl merged"] / max(NEAR, SHARE * m["kl base"]) for m in found.values())
+    """Return how many times as far as allowed the worst domain is; up to 1 all are near.
+
+    Far is what KL(fused || merged) says, or the nats of the tokens that came.
+    """
+    return max(max(_divergence(m), _loss(m)) for m in found.values())
+
+
+def _divergence(m: Mapping[str, float]) -> float:
+    return m["kl merged"] / max(NEAR, SHARE * m["kl base"])
+
+
+def _loss(m: Mapping[str, float]) -> float:
+    return (m["nats merged"] - m["nats fused"]) / max(WORSE, SHARE * m["nats fused"])
 
 
 def report(found: Measured) -> dict[str, Any]:
