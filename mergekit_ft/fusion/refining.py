@@ -8,6 +8,7 @@ by about one step of the stored dtype, rounding changes how much of a task vecto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from mergekit_ft.fusion.verifying import places_of
 from mergekit_ft.models.opening import Base
 from mergekit_ft.sources import Source
 
-STEPS, RATE = 12, 0.05  # of Adam; the rate falls to nothing
+STEPS, RATE, BETAS = 16, 0.05, (0.9, 0.99)  # of Adam; the rate falls as a cosine to nothing
 HOLD = 0.25  # of the mean square that an expert's coefficients have moved
 
 DTypes = Mapping[str, torch.dtype]
@@ -69,7 +70,7 @@ class Refiner:
     def refined(self, steps: int = STEPS) -> tuple[Coefficients, list[float]]:
         """Return the best coefficients of a few steps of Adam, and the loss before each."""
         values = self.origin.values.clone().requires_grad_()
-        adam = torch.optim.Adam([values], lr=RATE)
+        adam = torch.optim.Adam([values], betas=BETAS)
         best, losses = self.origin, []
         for step in range(steps + 1):
             here = Coefficients(self.origin.tensors, values.detach().clone())
@@ -78,7 +79,7 @@ class Refiner:
             if loss <= min(losses):
                 best = here
             if step < steps:
-                adam.param_groups[0]["lr"] = RATE * (1 - step / steps)
+                adam.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
                 values.grad = gradient
                 adam.step()
         return best, losses
@@ -98,7 +99,7 @@ class Refiner:
         away = at.values - self.origin.values
         hold = HOLD / len(at.tensors)
         value = total + 0.5 * hold * float(away.square().sum())
-        if not value - value == 0:
+        if not math.isfinite(value):
             raise OperatorError("refining met values that are not numbers")
         if not graded:
             return value, torch.zeros_like(away)
