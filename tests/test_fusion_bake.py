@@ -145,6 +145,7 @@ def test_one_backward_pass_gives_every_coefficients_derivative(folder: Path) -> 
     noise = torch.randn(one.origin.values.shape, generator=dice, dtype=torch.float64)
     at = Coefficients(one.origin.tensors, one.origin.values + 0.1 * noise)
     _, gradient = one.loss(at)
+    assert all(parameter.grad is None for parameter in one.base.model.parameters())
     step = 3e-3
     for t in range(2):
         for column, _ in enumerate(at.tensors):

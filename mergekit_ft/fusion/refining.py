@@ -1,7 +1,8 @@
 """Coefficients of every tensor moved until the merged weights say what the fused models say.
 
 One backward pass gives them all: with theta = theta_0 + sum lambda_tl tau_tl and a loss L,
-dL/dlambda_tl = <grad_l L, tau_tl>. The task vectors are read from the sources, tensor by tensor.
+dL/dlambda_tl = <grad_l L, tau_tl>. Each gradient meets its task vectors, read from the sources, as
+soon as it is there, and is let go: no second model of gradients is held.
 The model that is asked has its weights rounded as they will be stored: where tuning moved weights
 by about one step of the stored dtype, rounding changes how much of a task vector arrives.
 """
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,23 +90,21 @@ class Refiner:
     def loss(self, at: Coefficients, *, graded: bool = True) -> tuple[float, Tensor]:
         """Return mean KL(fused || merged) over fitted places, held to the start; its gradient."""
         self.put(at)
-        self.base.model.zero_grad(set_to_none=True)
         total, weight = 0.0, self._weight()
-        for samples, spans in self._groups():
-            with torch.set_grad_enabled(graded):
-                part = self._divergence(samples, spans) / weight
-            if graded:
-                part.backward()  # type: ignore[no-untyped-call]
-            total += float(part.detach())
-            self.watch(sum(stop - first for first, stop in spans))
+        with self._met() as gradient:
+            for samples, spans in self._groups():
+                with torch.set_grad_enabled(graded):
+                    part = self._divergence(samples, spans) / weight
+                if graded:
+                    part.backward()  # type: ignore[no-untyped-call]
+                total += float(part.detach())
+                self.watch(sum(stop - first for first, stop in spans))
         away = at.values - self.origin.values
         hold = HOLD / len(at.tensors)
         value = total + 0.5 * hold * float(away.square().sum())
         if not math.isfinite(value):
             raise OperatorError("refining met values that are not numbers")
-        if not graded:
-            return value, torch.zeros_like(away)
-        return value, self._dots() + hold * away
+        return value, gradient + hold * away
 
     @torch.no_grad()
     def put(self, at: Coefficients) -> None:
@@ -115,17 +116,26 @@ class Refiner:
                 values = values + factor * move
             parameter.copy_(values.to(self.stored[name]))
 
-    @torch.no_grad()
-    def _dots(self) -> Tensor:
+    @contextmanager
+    def _met(self) -> Iterator[Tensor]:
+        """Give (k, tensors) <gradient, task vector>, which backward passes inside add to."""
         found = torch.zeros_like(self.origin.values)
-        for name, parameter in self.base.parameters.items():
-            if parameter.grad is None:
-                continue
+
+        def meet(name: str, parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient, parameter.grad = parameter.grad.flatten().double(), None
             for t, move in enumerate(self._moves(name)):
-                found[t, self.columns[name]] = torch.dot(
-                    parameter.grad.flatten().double(), move.flatten().double()
-                )
-        return found
+                found[t, self.columns[name]] += torch.dot(gradient, move.flatten().double())
+
+        hooks: list[Any] = [
+            parameter.register_post_accumulate_grad_hook(partial(meet, name))  # type: ignore[no-untyped-call]
+            for name, parameter in self.base.parameters.items()
+        ]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _moves(self, name: str) -> Iterator[Tensor]:
         origin = self.base.origin(name)
