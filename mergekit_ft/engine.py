@@ -21,6 +21,7 @@ from mergekit_ft.options import Options, Progress, Unwatched
 from mergekit_ft.passes import Passes
 from mergekit_ft.plan import read
 from mergekit_ft.resolution import Ref, Resolution, Task
+from mergekit_ft.rounding import Rounding, kept, rounding_notes
 from mergekit_ft.sources import SourceFile
 from mergekit_ft.sources.dtypes import SIZE
 from mergekit_ft.sources.sides import PLAN
@@ -104,11 +105,13 @@ def run(
             for file in files
         }
         passes.touch = lambda ref: _start(digests, ref)
-        passes.findings = writer.findings
+        passes.findings, passes.rounding = writer.findings, Rounding()
         watcher.start(_bytes_to_move(passes, writer), f"{told.what} into {out}")
         passes.survey_model(writer.note_finding)
-        passes.merge(_IntoFiles(writer, hashing), lambda task: task.name in writer.changed)
+        sink = _IntoFiles(writer, hashing, passes.rounding)
+        passes.merge(sink, lambda task: task.name in writer.changed)
         _require_change(resolution, writer, options)
+        resolution.notes += rounding_notes(resolution.tasks, writer.rounded)
         receipt = _surround(resolution, writer, digests, options, told)
         writer.commit(receipt)
     return _result(resolution, out, receipt)
@@ -122,8 +125,8 @@ def _start(digests: Digests, ref: Ref) -> None:
 class _IntoFiles:
     """Hands tensors to the writer, and to those who hash its files."""
 
-    def __init__(self, writer: Writer, hashing: Mapping[str, Following]) -> None:
-        self._writer, self._hashing = writer, hashing
+    def __init__(self, writer: Writer, hashing: Mapping[str, Following], rounded: Rounding) -> None:
+        self._writer, self._hashing, self._rounded = writer, hashing, rounded
 
     def put(self, task: Task, span: Span, out: Tensor) -> None:
         data = view_of(out)
@@ -131,7 +134,8 @@ class _IntoFiles:
         self._hashing[file].advance(position, data)
 
     def finish(self, task: Task, changed: bool) -> None:
-        self._writer.finish(task.name, task.nbytes, changed)
+        rounded = self._rounded.of(task.name)
+        self._writer.finish(task.name, task.nbytes, changed, rounded)
 
 
 def resolve_plan(plan: PlanLike, options: Options) -> Resolution:
@@ -242,6 +246,13 @@ def _require_change(resolution: Resolution, writer: Writer, options: Options) ->
         return  # layers in other places are change enough
     if resolution.merged and not any(writer.changed.values()) and not options.allow_unchanged:
         same = resolution.base or resolution.donor
+        left = kept(resolution.tasks, writer.rounded)
+        if left is not None:
+            raise OperatorError(
+                f"nothing changed: every tensor equals {same.reference}, for the plan asks less "
+                "than half a step of the dtypes that are stored; raise the weights, or store "
+                "`out_dtype: float32`; or give --allow-unchanged"
+            )
         raise OperatorError(
             f"nothing changed: every tensor equals {same.reference}; check the weights and "
             "that the models differ from their base, or give --allow-unchanged"

@@ -19,6 +19,7 @@ class Journal:
     def __init__(self, path: Path, identity: str) -> None:
         self.findings: dict[str, Any] = {}  # of surveys over the whole model
         self.changed: dict[str, bool] = {}  # by finished tensor: whether it differs from the base
+        self.rounded: dict[str, list[float]] = {}  # by finished tensor: sums of what rounding left
         self._pending: list[dict[str, Any]] = []
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -46,11 +47,16 @@ class Journal:
                 self.findings[entry["finding"]] = entry["value"]
             else:
                 self.changed[entry["tensor"]] = entry["changed"]
+                if "rounded" in entry:
+                    self.rounded[entry["tensor"]] = entry["rounded"]
 
-    def note_tensor(self, name: str, changed: bool) -> None:
+    def note_tensor(self, name: str, changed: bool, rounded: Sequence[float] | None = None) -> None:
         """Say that a tensor is whole."""
         self.changed[name] = changed
-        self._pending.append({"tensor": name, "changed": changed})
+        entry = {"tensor": name, "changed": changed}
+        if rounded is not None:
+            entry["rounded"] = self.rounded[name] = list(rounded)
+        self._pending.append(entry)
 
     def note_finding(self, key: str, finding: Any) -> None:
         """Say what a survey over the whole model found."""

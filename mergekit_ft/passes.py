@@ -16,6 +16,7 @@ from mergekit_ft.blocks import Crew, Job, Piece, Span, Station, cut, load
 from mergekit_ft.contract import About, Block, Finding, Measure, Survey
 from mergekit_ft.errors import OperatorError
 from mergekit_ft.resolution import Ref, Task
+from mergekit_ft.rounding import Rounding
 from mergekit_ft.sources import Source
 from mergekit_ft.sources.dtypes import FLOATING, TORCH
 
@@ -95,6 +96,7 @@ class Passes:
     spare: int = 2**62  # bytes that each survey may keep besides its blocks
     base: Source | None = None  # what the output is compared with where a task reads no base
     findings: dict[str, Any] = field(default_factory=dict)  # over the whole model, by operator
+    rounding: Rounding | None = None  # who looks at values before they are rounded
 
     def surveys(self) -> dict[str, Survey]:
         """Return the surveys over the whole model that are still to be made, the merge's first."""
@@ -240,6 +242,8 @@ class Passes:
         values = self._values(task, block, finding)
         out.copy_(values.flatten(), non_blocking=station.device.type == "cuda")
         station.settle()
+        if self.rounding is not None:
+            self.rounding.see(task, block, values)
         return out
 
     def _values(self, task: Task, block: Block, finding: Finding) -> Tensor:

@@ -97,6 +97,7 @@ class Writer:
         self.complete = False  # an earlier run did everything but the last rename, or all
         self.findings: dict[str, Any] = {}  # of surveys over the whole model
         self.changed: dict[str, bool] = {}  # by finished tensor: whether it differs from the base
+        self.rounded: dict[str, list[float]] = {}  # by finished tensor: sums of what rounding left
         self._headers = {file.name: file.header() for file in files}
         self._places = dict(_offsets(files, self._headers))
         self._growth = {name: Growth(size) for name, size in self.sizes().items()}
@@ -165,10 +166,12 @@ class Writer:
         self._growth[file].add(position, position + len(data))
         return file, position
 
-    def finish(self, tensor: str, nbytes: int, changed: bool) -> None:
+    def finish(
+        self, tensor: str, nbytes: int, changed: bool, rounded: Sequence[float] | None = None
+    ) -> None:
         """Note in the journal that a tensor is whole."""
         with self._lock:
-            self._book.note_tensor(tensor, changed)
+            self._book.note_tensor(tensor, changed, rounded)
             self._pending_bytes += nbytes
             if self._pending_bytes >= BATCH:
                 self._flush()
@@ -262,6 +265,7 @@ class Writer:
         """Take up the journal of the run that is resumed, or begin one."""
         self._journal = Journal(self.part / JOURNAL, self.identity)
         self.findings, self.changed = self._journal.findings, self._journal.changed
+        self.rounded = self._journal.rounded
 
     def _open(self, name: str) -> None:
         """Open an output file at its final size, with its header in place."""

@@ -31,7 +31,7 @@ def test_a_journal_is_read_up_to_a_line_that_was_not_written_whole(tmp_path: Pat
     path = tmp_path / "journal"
     journal = Journal(path, "me")
     for name in ("a", "b"):
-        journal.note_tensor(name, name == "b")
+        journal.note_tensor(name, name == "b", [0.1, 2.0, 3.0] if name == "b" else None)
     journal.note_finding("then.0", [0.1, 3])
     journal.flush()
     journal.close()
@@ -41,6 +41,7 @@ def test_a_journal_is_read_up_to_a_line_that_was_not_written_whole(tmp_path: Pat
         again = Journal(path, "me")
         lines = whole[:cut].count(b"\n")
         assert again.changed == {n: n == "b" for n in ("a", "b")[: max(0, lines - 1)]}
+        assert again.rounded == ({"b": [0.1, 2.0, 3.0]} if lines > 2 else {})
         assert again.findings == ({"then.0": [0.1, 3]} if lines == 4 else {})
         again.note_tensor("c", True)
         again.flush()
