@@ -182,6 +182,21 @@ def test_a_merge_that_is_far_off_is_refined_tensor_by_tensor(folder: Path) -> No
     assert verify(folder / "out", sample=None)["ok"]
 
 
+def test_a_head_that_is_stored_beside_the_embeddings_it_is_tied_to_is_refined_as_they_are(
+    folder: Path,
+) -> None:
+    far(folder)
+    for name in ("base", *TASKS):
+        path = folder / name / "model.safetensors"
+        tensors = load_file(path)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, path, {"format": "pt"})
+    made = baked(folder)
+    assert made.first is not None
+    out = load_file(folder / "out" / "model.safetensors")
+    assert torch.equal(out["lm_head.weight"], out["model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize(
     ("merged", "wanted"),
     [
