@@ -19,7 +19,7 @@ from mergekit_ft.contract import Block
 from mergekit_ft.resolution import Task
 from mergekit_ft.sources.dtypes import NAME, TORCH
 
-WINDOW, STRIDE = 2**12, 2**20  # elements that are looked at, of so many
+WINDOW, STRIDE = 2**12, 2**22  # elements that are looked at, of so many
 FAR = 0.1  # from the whole change, or from its direction, that is told
 
 Sums = list[float]  # <d, d>, <r, d>, <r, r>
@@ -38,12 +38,12 @@ class Rounding:
         if dtype.itemsize > 2 or not block.base.numel():
             return
         for part in windows(block.start, block.n):
-            base, value = block.base[part].cpu(), values.flatten()[part].cpu()
-            asked = value.double() - base.double()
-            stored = value.to(dtype).double() - base.to(dtype).double()
-            sums = torch.stack([asked @ asked, stored @ asked, stored @ stored]).tolist()
+            ends = torch.stack([values.flatten()[part], block.base[part]]).cpu()  # (2, window)
+            merged, base = torch.stack([ends, ends.to(dtype).to(ends.dtype)], dim=1).double()
+            moved = merged - base  # (2, window) as asked, as stored
+            (asked, along), (_, stored) = (moved @ moved.T).tolist()
             with self._lock:
-                self._parts.setdefault(task.name, []).append(sums)
+                self._parts.setdefault(task.name, []).append([asked, along, stored])
 
     def of(self, name: str) -> Sums | None:
         """Return the sums of a tensor, whatever the order of its blocks; None if none was seen."""
@@ -94,7 +94,7 @@ def rounding_notes(tasks: Iterable[Task], sums: Mapping[str, Sums]) -> Iterator[
         return
     dtypes = ", ".join(sorted({NAME[task.dtype] for task in merged}))
     yield (
-        f"rounding to {dtypes} leaves {found.along:.2f} of the change that the plan asks for, "
-        f"at a cosine of {found.cosine:.2f} (a sample of each tensor): many weights are to move by "
-        "less than a step of that dtype; `out_dtype: float32` stores all of it"
+        f"stored in {dtypes}, the change is {found.along:.2f} times what the plan asks for, at a "
+        f"cosine of {found.cosine:.2f} (a sample of each tensor): many weights are to move by less "
+        "than a step of that dtype; `out_dtype: float32` stores all of it"
     )
