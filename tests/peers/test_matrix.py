@@ -126,7 +126,14 @@ def _stored(ref: Ref) -> Tensor:
     return tensors_of(Path(ref.source.reference))[ref.name].double()
 
 
-OURS = {"lines", "consensus", "sparse_compose", "intruder_scaling"}  # mergekit has none of them
+OURS = {  # mergekit has none of them
+    "lines",
+    "consensus",
+    "sparse_compose",
+    "intruder_scaling",
+    "hft_reset",
+    "logit_fusion",
+}
 
 
 def test_the_table_has_every_method_that_the_peer_has() -> None:
