@@ -1,12 +1,13 @@
 """Weights fitted on logits against the best grid coefficient, on two experts of one small model.
 
-    python benchmarks/fusion_fit.py [DEMO] [--work FOLDER]
+    python benchmarks/fusion_fit.py [DEMO] [--work FOLDER] [--seed N] [--rounding]
 
 DEMO is what `make demo` leaves (`base`, `orders`, `triage`). The demo's held-out items, which no
 expert was trained on, are calibrated on by one half and measured on by the other. Printed: what is
 kept on disk and how fast, what the kept dtype costs, a table of fused decoding, bakes and task
 arithmetic at the best coefficient by the same calibration texts, and fits on one task alone,
-without bounds and with the defaults, fused and merged.
+without bounds and with the defaults, fused and merged. `--rounding` prints instead what storing
+bfloat16 does to the first bake; `--seed` draws other halves.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mergekit_ft.fusion.fitting import FUSED, Fit, fit
 from mergekit_ft.fusion.verifying import rows_of
 from mergekit_ft.merged import load
 from mergekit_ft.models.speaker import ModelSpeaker
+from mergekit_ft.resolution.opening import open_reference, reference_of
 
 GRID = [i / 10 for i in range(4, 13)]  # of one coefficient for both task vectors
 
@@ -41,16 +43,50 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("demo", type=Path, nargs="?", default=Path(".cache/demo"))
     asked.add_argument("--work", type=Path)
+    asked.add_argument("--seed", type=int, default=0)
+    asked.add_argument("--rounding", action="store_true")
     given = asked.parse_args()
-    if given.work is not None:
-        return measure(given.demo, given.work)
     with tempfile.TemporaryDirectory() as folder:
-        return measure(given.demo, Path(folder))
+        work = given.work or Path(folder)
+        plan = plan_of(given.demo, work)
+        plan["calibration"]["seed"] = given.seed
+        (rounding if given.rounding else measure)(given.demo, work, plan)
 
 
-def measure(demo: Path, work: Path) -> None:
+def rounding(demo: Path, work: Path, plan: dict[str, Any]) -> None:
+    """Print what rounding does to task vectors, and to what their merge says."""
+    made = fitted(plan, work, "mixed")
+    alpha = list(made.weights.alpha.values())
+    for task, factor in zip(TASKS, alpha, strict=True):
+        told_of_steps(demo, task, [factor, 0.3])
+    for dtype in ("float32", "bfloat16"):
+        print(f"merged, stored in {dtype}: {nats(demo, alpha, made.collection, dtype=dtype)}")
+
+
+def told_of_steps(demo: Path, task: str, factors: list[float]) -> None:
+    """Print how far an expert's weights moved, and how much of its vector is stored by factors."""
+    count = moved = one = 0
+    sums = torch.zeros(len(factors), 3, dtype=torch.float64)
+    base, expert = (open_reference(reference_of(str(demo / name))) for name in ("base", task))
+    for name in base:
+        old, new = base.tensor(name).flatten(), expert.tensor(name).flatten()
+        steps = (new.view(torch.int16).int() - old.view(torch.int16).int()).abs()
+        count += steps.numel()
+        moved += int((steps > 0).sum())
+        one += int((steps == 1).sum())
+        vector = new.double() - old.double()
+        for i, factor in enumerate(factors):
+            merged = (old.float() + factor * vector.float()).to(old.dtype)
+            stored = merged.double() - old.double()
+            sums[i] += torch.stack([vector @ vector, stored @ vector, stored @ stored])
+    print(f"{task}: moved {moved / count:.1%} of the weights, {one / moved:.1%} of them by a step")
+    for factor, (whole, along, stored) in zip(factors, sums.tolist(), strict=True):
+        cosine = along / (whole * stored) ** 0.5
+        print(f"  {factor:.2f} of its vector is stored as {along / whole:.2f}, cosine {cosine:.2f}")
+
+
+def measure(demo: Path, work: Path, plan: dict[str, Any]) -> None:
     """Fit, bake and compare."""
-    plan = plan_of(demo, work)
     began = time.monotonic()
     mixed = fitted(plan, work, "mixed")
     told(mixed, time.monotonic() - began)
@@ -149,12 +185,17 @@ def arithmetic(demo: Path, collection: Collection) -> None:
 
 
 def nats(
-    demo: Path, alpha: list[float], collection: Collection, held: bool = True
+    demo: Path,
+    alpha: list[float],
+    collection: Collection,
+    held: bool = True,
+    dtype: str = "bfloat16",
 ) -> dict[str, float]:
-    """Return the nats of each domain of a merge, in float32 as stored in bfloat16."""
+    """Return the nats of each domain of a merge, in float32 as stored in a dtype."""
     models = [{"model": str(demo / task), "parameters": {"weight": a}}
               for task, a in zip(TASKS, alpha, strict=True)]  # fmt: skip
-    words = {"merge_method": "task_arithmetic", "base_model": str(demo / "base"), "models": models}
+    words = {"merge_method": "task_arithmetic", "base_model": str(demo / "base"), "models": models,
+             "out_dtype": dtype}  # fmt: skip
     speaker = ModelSpeaker(load(words).float(), _Ends(), "merge")
     found = {}
     for part in collection.texts.parts:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import yaml
 
+from examples.two_experts.demo import PLANS
 from examples.two_experts.items import TASKS, TURN, neutral_rows, rows_of
 from mergekit_ft.models.decoding import Stop, answers, sampled
 from mergekit_ft.models.opening import open_speaker
@@ -32,7 +33,6 @@ from mergekit_ft.resolution.opening import reference_of
 LAYERS = (14, 24)  # that are cut out of 30: from, up to
 USER = TURN.split("{", maxsplit=1)[0]
 LIMITS = (48, 96)  # tokens of a user's turn, of an answer
-EXPERT = {"steps": 40, "batch": 8, "learning_rate": 5e-5, "warmup": 4, "schedule": "cosine"}
 WARMTH = 0.7  # temperature of its texts
 KEPT = 1.0  # factor of proxy tuning
 
@@ -61,11 +61,14 @@ def made(large: Path, work: Path, texts: int, steps: int) -> Path:
     if not written.exists():
         write(written, [{"text": text} for text in told(large, texts)])
     training = {"steps": steps, "batch": 8, "learning_rate": 3e-4, "schedule": "cosine"}
-    step("tune", plan_of(work / "cut", written, training), work / "small")
+    data = {"train": str(written), "rows": "raw"}
+    plan = {"base": str(work / "cut"), "data": data, "tuner": "full", "training": training}
+    step("tune", plan, work / "small")
     for task in TASKS:
         (work / f"{task}.train.jsonl").write_text(rows_of(task, "train"), encoding="utf-8")
         (work / f"{task}.jsonl").write_text(rows_of(task, "heldout"), encoding="utf-8")
-        plan = plan_of(work / "small", work / f"{task}.train.jsonl", EXPERT)
+        plan = yaml.safe_load((PLANS / f"{task}.tune.yaml").read_text(encoding="utf-8"))
+        plan["base"], plan["data"]["train"] = str(work / "small"), str(work / f"{task}.train.jsonl")
         step("tune", plan, work / f"small-{task}")
     (work / "neutral.jsonl").write_text(neutral_rows(), encoding="utf-8")
     return work
@@ -83,12 +86,6 @@ def told(large: Path, count: int) -> list[str]:
     turns = [TURN.format(prompt=text) for text in after([USER] * count, LIMITS[0])]
     ends = speaker.tokenizer.eos_token
     return [a + b + ends for a, b in zip(turns, after(turns, LIMITS[1]), strict=True)]
-
-
-def plan_of(base: Path, rows: Path, training: dict[str, Any]) -> dict[str, Any]:
-    """Return a plan of full tuning."""
-    data = {"train": str(rows), "rows": "raw"}
-    return {"base": str(base), "data": data, "tuner": "full", "training": training}
 
 
 def measure(demo: Path, work: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ class Kept:
         return abs(self.along - 1) <= FAR and self.cosine >= 1 - FAR
 
 
-def kept(tasks: Iterable[Task], sums: Mapping[str, Sums]) -> Kept | None:
+def kept(tasks: Sequence[Task], sums: Mapping[str, Sums]) -> Kept | None:
     """Return what is left, each tensor standing for all its elements; None where none changed."""
     parts = [(0.0, 0.0, 0.0)]
     for task in (task for task in tasks if task.name in sums):
@@ -86,13 +86,12 @@ def kept(tasks: Iterable[Task], sums: Mapping[str, Sums]) -> Kept | None:
     return Kept(along / asked, along / math.sqrt(asked * stored) if stored else 0.0)
 
 
-def rounding_notes(tasks: Iterable[Task], sums: Mapping[str, Sums]) -> Iterator[str]:
+def rounding_notes(tasks: Sequence[Task], sums: Mapping[str, Sums]) -> Iterator[str]:
     """Yield what a user should know of it."""
-    merged = [task for task in tasks if task.name in sums]
-    found = kept(merged, sums)
+    found = kept(tasks, sums)
     if found is None or found.near:
         return
-    dtypes = ", ".join(sorted({NAME[task.dtype] for task in merged}))
+    dtypes = ", ".join(sorted({NAME[task.dtype] for task in tasks if task.name in sums}))
     yield (
         f"stored in {dtypes}, the change is {found.along:.2f} times what the plan asks for, at a "
         f"cosine of {found.cosine:.2f} (a sample of each tensor): many weights are to move by less "

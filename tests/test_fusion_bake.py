@@ -228,6 +228,13 @@ def test_experts_of_another_shape_are_refused_before_anything_is_asked(
     assert read_weights(folder / "w.json").alpha and not (folder / "out").exists()
 
 
+def test_an_expert_that_is_gone_is_named_as_that(folder: Path) -> None:
+    shutil.rmtree(folder / "words")
+    with pytest.raises(MergekitError, match=r"words: no such folder") as told:
+        baked(folder)
+    assert "not like" not in str(told.value) and not (folder / "out").exists()
+
+
 def test_experts_of_another_small_base_are_refused(folder: Path) -> None:
     path = folder / "w.json"
     words = json.loads(path.read_text())

@@ -113,6 +113,8 @@ def require_alike(weights: Weights, options: Options) -> None:
             f"the experts were tuned from {weights.small}, not from {weights.base}, so what they "
             "changed is of another model's weights; decode with the weights file instead"
         )
+    for model in (weights.base, *weights.experts.values()):
+        open_reference(model, offline=options.offline).close()
     try:
         resolve_plan(merge_words(weights, weights.alpha), options).close()
     except MergekitError as error:

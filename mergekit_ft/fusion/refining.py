@@ -32,8 +32,6 @@ from mergekit_ft.sources import Source
 STEPS, RATE, BETAS = 16, 0.05, (0.9, 0.99)  # of Adam; the rate falls as a cosine to nothing
 HOLD = 0.25  # of the mean square that an expert's coefficients have moved
 
-DTypes = Mapping[str, torch.dtype]
-
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -56,7 +54,7 @@ class Refiner:
         experts: Mapping[str, Source],
         collection: Collection,
         alpha: Sequence[float],
-        stored: DTypes,
+        stored: Mapping[str, torch.dtype],
         watch: Callable[[int], None] = lambda places: None,
     ) -> None:
         self.base, self.experts, self.collection = base, experts, collection
